@@ -1,0 +1,239 @@
+"""Which keys a query sees, and which queries see a key.
+
+This is the only module that knows windows, borders, dilation, stride and causality. Everything is decided per axis; in
+N dimensions a neighborhood is the Cartesian product of the axes' windows.
+
+Dilation splits an axis into residue classes (`position % dilation`) that never mix. Inside a class, tokens are counted
+by their class index (`position // dilation`), and windows are intervals of class indices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a geometry."""
+
+    size: int
+    kernel: int
+    dilation: int
+    stride: int
+    causal: bool
+
+    @property
+    def num_offsets(self) -> int:
+        """Relative positions a query and a key of one window can have: the length of the bias table on this axis."""
+        return 2 * self.kernel - 1
+
+    def residue_classes(self) -> Iterator[tuple[int, IntArray]]:
+        """Yields (class length, its residues). Lengths differ by one where the dilation does not divide the size."""
+        residues = np.arange(self.dilation)
+        lengths = -((residues - self.size) // self.dilation)
+        for length in np.unique(lengths)[::-1]:
+            yield int(length), residues[lengths == length]
+
+    def windows(self, length: int) -> tuple[IntArray, IntArray]:
+        """Half-open interval of keys that each query of a residue class sees, in class indices."""
+        query = np.arange(length)
+        leader = query // self.stride * self.stride
+        if self.causal:
+            leader = np.minimum(leader + self.stride - 1, length - 1)
+            return np.maximum(leader - self.kernel + 1, 0), query + 1
+        leader = np.minimum(leader + self.stride // 2, length - 1)
+        start = np.clip(leader - self.kernel // 2, 0, length - self.kernel)
+        return start, start + self.kernel
+
+    def observers(self, length: int) -> tuple[IntArray, IntArray]:
+        """Half-open interval of queries that see each key of a residue class, in class indices.
+
+        Both ends of a window never move back as the query moves on, so the inverse of an interval map is one too.
+        """
+        start, end = self.windows(length)
+        key = np.arange(length)
+        return np.searchsorted(end, key, side="right"), np.searchsorted(start, key, side="right")
+
+    def neighbors(self) -> tuple[IntArray, IntArray]:
+        """Positions and bias indices of every query's keys, both `[size, kernel]`, -1 where a window is shorter."""
+        return self._expand(inverse=False)
+
+    def inverse_neighbors(self) -> tuple[IntArray, IntArray]:
+        """Positions and bias indices of the queries that see each key, both `[size, most]`, padded with -1."""
+        return self._expand(inverse=True)
+
+    def _expand(self, inverse: bool) -> tuple[IntArray, IntArray]:
+        classes = [(*(self.observers if inverse else self.windows)(n), r) for n, r in self.residue_classes()]
+        width = max(int((end - start).max()) for start, end, _ in classes)
+        positions = np.full((self.size, width), -1)
+        offsets = np.full((self.size, width), -1)
+        for start, end, residues in classes:
+            index = np.arange(len(start))
+            member = start[:, None] + np.arange(width)
+            seen = member < end[:, None]
+            offset = self.offset(member, index[:, None]) if not inverse else self.offset(index[:, None], member)
+            for residue in residues:
+                own = index * self.dilation + residue
+                positions[own] = np.where(seen, member * self.dilation + residue, -1)
+                offsets[own] = np.where(seen, offset, -1)
+        return positions, offsets
+
+    def offset(self, key: IntArray, query: IntArray) -> IntArray:
+        """Index into the bias table of a pair of class indices."""
+        return key - query + self.kernel - 1
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A neighborhood attention problem without its tensors: map shape, and the window along each axis.
+
+    Args:
+        shape: Tokens along each of one to three axes.
+        kernel_size: Keys in a window along each axis.
+        dilation: Distance between neighboring keys of a window.
+        stride: Queries that share one window. 1 slides it, `kernel_size` gives blocked attention.
+        is_causal: Whether a query sees only keys at or before its own position on that axis.
+
+    All but `shape` broadcast over the axes.
+    """
+
+    shape: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+    dilation: tuple[int, ...] = (1,)
+    stride: tuple[int, ...] = (1,)
+    is_causal: tuple[bool, ...] = (False,)
+
+    def __post_init__(self) -> None:
+        shape = self.shape if isinstance(self.shape, Sequence) else (self.shape,)
+        if not 1 <= len(shape) <= 3:
+            raise ValueError(f"shape must have 1, 2 or 3 axes, got {tuple(shape)}")
+        rank = len(shape)
+        object.__setattr__(self, "shape", broadcast_ints("shape", tuple(shape), rank))
+        for name in ("kernel_size", "dilation", "stride"):
+            object.__setattr__(self, name, broadcast_ints(name, getattr(self, name), rank))
+        object.__setattr__(self, "is_causal", broadcast_bools("is_causal", self.is_causal, rank))
+        for axis, (k, d, s, n) in enumerate(zip(self.kernel_size, self.dilation, self.stride, self.shape, strict=True)):
+            if s > k:
+                raise ValueError(f"stride must not exceed kernel_size {k}, got {s} on axis {axis}")
+            if k * d > n:
+                raise ValueError(
+                    f"kernel_size * dilation must fit the map: {k} * {d} = {k * d} exceeds length {n} of axis {axis}; "
+                    f"pad the input to at least {k * d} (the NeighborhoodAttention modules do), "
+                    f"or use a dilation of at most {n // k}"
+                )
+
+    @cached_property
+    def axes(self) -> tuple[Axis, ...]:
+        fields = (self.shape, self.kernel_size, self.dilation, self.stride, self.is_causal)
+        return tuple(Axis(*values) for values in zip(*fields, strict=True))
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    @property
+    def num_tokens(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def bias_shape(self) -> tuple[int, ...]:
+        """Shape of one head's relative positional bias."""
+        return tuple(axis.num_offsets for axis in self.axes)
+
+    @property
+    def num_offsets(self) -> int:
+        return prod(self.bias_shape)
+
+    @property
+    def num_pairs(self) -> int:
+        """(query, key) pairs that attend: the scores any implementation has to evaluate, per head."""
+        return prod(int((axis.neighbors()[0] >= 0).sum()) for axis in self.axes)
+
+    def neighbors(self) -> tuple[IntArray, IntArray]:
+        """Tokens and bias indices of the keys of every query.
+
+        Both are `[tokens, prod(kernel_size)]`, the window in row-major order; -1 where a causal window is shorter.
+        Tokens are counted in row-major order over the map, bias indices in row-major order over `bias_shape`.
+        """
+        return self._product([axis.neighbors() for axis in self.axes])
+
+    def inverse_neighbors(self) -> tuple[IntArray, IntArray]:
+        """Tokens and bias indices of the queries that see each key, `[tokens, most]`, padded with -1."""
+        return self._product([axis.inverse_neighbors() for axis in self.axes])
+
+    def _product(self, per_axis: list[tuple[IntArray, IntArray]]) -> tuple[IntArray, IntArray]:
+        tokens = outer_index([positions for positions, _ in per_axis], self.shape)
+        offsets = outer_index([offsets for _, offsets in per_axis], self.bias_shape)
+        return tokens, offsets
+
+
+def outer_index(per_axis: Sequence[IntArray], shape: Sequence[int]) -> IntArray:
+    """Combines one index per axis into row-major indices over `shape`.
+
+    Each `per_axis[a]` is a matrix `[m_a, n_a]`; the result is `[prod(m), prod(n)]`, -1 wherever any factor is negative.
+    """
+    rank = len(per_axis)
+    total = np.zeros((1,) * (2 * rank), dtype=np.int64)
+    valid = np.ones_like(total, dtype=bool)
+    for axis, index in enumerate(per_axis):
+        spread = [1] * (2 * rank)
+        spread[axis], spread[rank + axis] = index.shape
+        index = index.reshape(spread)
+        total = total * shape[axis] + index
+        valid = valid & (index >= 0)
+    rows = prod(index.shape[0] for index in per_axis)
+    return np.where(valid, total, -1).reshape(rows, -1)
+
+
+def broadcast_ints(name: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
+    """One positive integer per axis."""
+    values = _broadcast(name, value, rank, "integer")
+    for v in values:
+        if isinstance(v, bool) or not isinstance(v, (int, np.integer)):
+            raise TypeError(f"{name} must be an integer or {rank} integers, got {value!r}")
+        if v < 1:
+            raise ValueError(f"{name} must be at least 1, got {value!r}")
+    return tuple(int(v) for v in values)
+
+
+def broadcast_bools(name: str, value: bool | Sequence[bool], rank: int) -> tuple[bool, ...]:
+    """One boolean per axis."""
+    values = _broadcast(name, value, rank, "boolean")
+    for v in values:
+        if not isinstance(v, (bool, np.bool_)):
+            raise TypeError(f"{name} must be a boolean or {rank} booleans, got {value!r}")
+    return tuple(bool(v) for v in values)
+
+
+def _broadcast(name: str, value, rank: int, kind: str) -> tuple:
+    if not isinstance(value, (list, tuple)):
+        return (value,) * rank
+    if len(value) == 1:
+        return tuple(value) * rank
+    if len(value) != rank:
+        raise ValueError(f"{name} must be one {kind} or one per axis ({rank}), got {tuple(value)!r}")
+    return tuple(value)
+
+
+@lru_cache(maxsize=512)
+def geometry_of(shape: tuple[int, ...], window: tuple[int, ...]) -> Geometry:
+    """The geometry of a map and a flat window: kernel_size, stride, dilation and is_causal of all axes in turn.
+
+    Cached, because checking a geometry anew takes longer than launching a small layer.
+    """
+    kernel_size, stride, dilation, is_causal = split_window(window)
+    return Geometry(shape, kernel_size, dilation, stride, tuple(map(bool, is_causal)))
+
+
+def split_window(window: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """kernel_size, stride, dilation and is_causal out of a flat window."""
+    rank = len(window) // 4
+    return tuple(tuple(window[i : i + rank]) for i in range(0, 4 * rank, rank))
