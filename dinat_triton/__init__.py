@@ -1,0 +1,21 @@
+"""Dilated neighborhood attention with its relative positional bias, without a CUDA build."""
+
+from dinat_triton.dispatch import use_backend
+from dinat_triton.functional import na1d, na2d, na3d
+from dinat_triton.geometry import Geometry
+from dinat_triton.modules import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
+from dinat_triton.plan import Plan
+from dinat_triton.version import __version__
+
+__all__ = [
+    "Geometry",
+    "NeighborhoodAttention1D",
+    "NeighborhoodAttention2D",
+    "NeighborhoodAttention3D",
+    "Plan",
+    "__version__",
+    "na1d",
+    "na2d",
+    "na3d",
+    "use_backend",
+]

@@ -1,0 +1,42 @@
+"""The `dinat-triton` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+
+from dinat_triton.version import __version__
+
+# Imported only when called for, so that `--help` answers at once.
+COMMANDS = {
+    "demo": "check and time every backend that runs here",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="dinat-triton", description="Dilated neighborhood attention without a CUDA build."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    argv = sys.argv[1:] if argv is None else argv
+    named = next((a for a in argv if not a.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name == named:
+            command = import_module(f"dinat_triton.commands.{name}")
+            command.configure(subparser)
+            subparser.set_defaults(run=command.run)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        print(f"dinat-triton {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Which implementation runs: the switch, and what each backend needs.
+
+(Not named backends.py: torch.compile skips every path that contains `triton/backends`.)
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+from torch import Tensor
+
+# In order of preference: a call that names no backend takes the first that can run it.
+NAMES = ("triton", "tiled", "reference")
+ENVIRONMENT = "DINAT_TRITON_BACKEND"
+
+_chosen: str | None = os.environ.get(ENVIRONMENT) or None
+
+
+class use_backend:
+    """Chooses the backend of every call that names none: as a statement, or for the length of a `with` block.
+
+    Args:
+        name: "triton", "tiled" or "reference"; None goes back to the best that can run each call.
+    """
+
+    def __init__(self, name: str | None):
+        global _chosen
+        if name is not None:
+            _check_name(name, "backend")
+        self._previous, _chosen = _chosen, name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        global _chosen
+        _chosen = self._previous
+
+
+def current_backend() -> str | None:
+    """What `use_backend` or the environment chose, or None."""
+    return _chosen
+
+
+def resolve(name: str | None, query: Tensor, key: Tensor, value: Tensor) -> str:
+    """The backend for a call. One that was named or chosen either runs or says why it cannot."""
+    if name is None and _chosen is not None:
+        name = _chosen
+        _check_name(name, ENVIRONMENT)
+    if name is None:
+        return next(n for n in NAMES if why_not(n, query, key, value) is None)
+    _check_name(name, "backend")
+    reason = why_not(name, query, key, value)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} cannot run this call: {reason}")
+    return name
+
+
+def why_not(name: str, query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """Why a backend cannot run on these tensors, or None if it can."""
+    if name != "triton":
+        return None
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    from dinat_triton.kernels.support import why_not
+
+    return why_not(query, key, value)
+
+
+def _check_name(name: str, argument: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, NAMES))}, got {name!r}")

@@ -1,0 +1,86 @@
+"""Neighborhood attention as functions: `na1d`, `na2d`, `na3d`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+import dinat_triton.ops  # noqa: F401  (registers torch.ops.dinat_triton)
+from dinat_triton.dispatch import current_backend
+from dinat_triton.checks import check_rank
+from dinat_triton.geometry import broadcast_bools, broadcast_ints
+
+Ints = int | Sequence[int]
+Bools = bool | Sequence[bool]
+
+
+def window_of(rank: int, kernel_size: Ints, stride: Ints, dilation: Ints, is_causal: Bools) -> list[int]:
+    """The ops' flat form of a window: kernel_size, stride, dilation and is_causal of every axis."""
+    sizes = (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
+    window = [n for name, value in sizes for n in broadcast_ints(name, value, rank)]
+    return window + [int(causal) for causal in broadcast_bools("is_causal", is_causal, rank)]
+
+
+def _public(rank: int):
+    """The public function of a rank. All three are this one."""
+
+    def na(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kernel_size: Ints,
+        *,
+        stride: Ints = 1,
+        dilation: Ints = 1,
+        is_causal: Bools = False,
+        rpb: Tensor | None = None,
+        scale: float | None = None,
+        dropout_p: float = 0.0,
+        return_lse: bool = False,
+        backend: str | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if has_torch_function((query, key, value, rpb)):
+            options: dict[str, Any] = {"stride": stride, "dilation": dilation, "is_causal": is_causal, "rpb": rpb}
+            options |= {"scale": scale, "dropout_p": dropout_p, "return_lse": return_lse, "backend": backend}
+            return handle_torch_function(na, (query, key, value, rpb), query, key, value, kernel_size, **options)
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            check_rank(name, x, rank)
+        window = window_of(rank, kernel_size, stride, dilation, is_causal)
+        backend = current_backend() if backend is None else backend
+        out, lse = torch.ops.dinat_triton.na([query, key, value], window, rpb, scale, dropout_p, return_lse, backend)
+        return (out, lse) if return_lse else out
+
+    axes = ("length",) if rank == 1 else ("depth", "height", "width")[3 - rank :]
+    na.__name__ = na.__qualname__ = f"na{rank}d"
+    na.__doc__ = f"""{rank}-D neighborhood attention: every query attends to the window of keys around it.
+
+    `softmax(scale * query . key + rpb) . value` over each query's window. Windows at the border shift inwards and keep
+    their size. Integers and booleans broadcast over the axes.
+
+    Args:
+        query: `[batch, {", ".join(axes)}, heads, dim]`, any strides.
+        key: As query; may have fewer heads, each shared by a run of query heads.
+        value: As key; may have another dim.
+        kernel_size: Keys in a window along each axis.
+        stride: Queries that share one window.
+        dilation: Distance between neighboring keys of a window; `kernel_size * dilation` must fit the map.
+        is_causal: Whether a query sees only keys at or before its own position on that axis.
+        rpb: Relative positional bias `[heads, 2 * kernel_size - 1 per axis]`, in units of dilation, not scaled.
+        scale: Of the dot products; `dim ** -0.5` by default.
+        dropout_p: Probability of dropping an attention probability. Pass 0 when evaluating.
+        return_lse: Whether to return the log-sum-exp of the logits too.
+        backend: "triton", "tiled" or "reference"; by default the `use_backend` choice, or else the best that can run.
+
+    Returns:
+        `[batch, {", ".join(axes)}, heads, value dim]`, and with `return_lse` the log-sum-exp without its last axis.
+    """
+    return na
+
+
+na1d = _public(1)
+na2d = _public(2)
+na3d = _public(3)

@@ -1,0 +1,126 @@
+"""Neighborhood attention as modules: a packed qkv projection, the attention, an output projection."""
+
+import torch
+from torch import Tensor, nn
+
+from dinat_triton.dispatch import current_backend
+from dinat_triton.functional import Bools, Ints, window_of
+from dinat_triton.geometry import geometry_of, split_window
+
+
+@torch.fx.wrap
+def attend(qkv: Tensor, window: list[int], rpb: Tensor | None, scale: float | None, dropout_p: float) -> Tensor:
+    """Attends on a packed `[batch, *shape, 3, heads, dim]`."""
+    backend: str | None = None
+    if not torch.jit.is_scripting():
+        backend = current_backend()
+    return torch.ops.dinat_triton.na([qkv], window, rpb, scale, dropout_p, False, backend)[0]
+
+
+@torch.fx.wrap
+def pad_to_span(x: Tensor, span: list[int]) -> Tensor:
+    """Pads `[batch, *shape, channels]` with zeros at the end of every axis that is shorter than the window's span."""
+    if x.dim() != len(span) + 2:
+        raise ValueError(f"x must be [batch, {len(span)} map axes, channels], got shape {x.shape}")
+    amounts = [0, 0]
+    short = False
+    for axis in range(len(span), 0, -1):
+        missing = max(0, span[axis - 1] - x.shape[axis])
+        amounts += [0, missing]
+        short = short or missing > 0
+    return nn.functional.pad(x, amounts) if short else x
+
+
+@torch.fx.wrap
+def crop_like(x: Tensor, like: Tensor) -> Tensor:
+    """Drops what `pad_to_span` added."""
+    for axis in range(1, like.dim() - 1):
+        x = x.narrow(axis, 0, like.shape[axis])
+    return x
+
+
+class _NeighborhoodAttention(nn.Module):
+    """Multi-head neighborhood attention on `[batch, *shape, embed_dim]`.
+
+    A map smaller than `kernel_size * dilation` is padded with zeros at its end before the projection, attended to as a
+    whole, and cropped again; published DiNAT models do the same.
+
+    Args:
+        embed_dim: Channels in and out.
+        num_heads: Heads; must divide `embed_dim`.
+        kernel_size: Keys in a window along each axis.
+        stride: Queries that share one window.
+        dilation: Distance between neighboring keys of a window.
+        is_causal: Whether a query sees only keys at or before its own position on that axis.
+        rel_pos_bias: Whether to learn a relative positional bias, `rpb`.
+        qkv_bias: Whether the packed projection has a bias.
+        qk_scale: Of the dot products; `(embed_dim // num_heads) ** -0.5` by default.
+        attn_drop: Dropout of the attention probabilities, in training.
+        proj_drop: Dropout of the output, in training.
+    """
+
+    rank: int
+    rpb: Tensor | None
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        kernel_size: Ints = 7,
+        *,
+        stride: Ints = 1,
+        dilation: Ints = 1,
+        is_causal: Bools = False,
+        rel_pos_bias: bool = False,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if num_heads < 1 or embed_dim % num_heads != 0:
+            raise ValueError(f"num_heads must divide embed_dim {embed_dim}, got {num_heads}")
+        if not 0.0 <= attn_drop < 1.0:
+            raise ValueError(f"attn_drop must be at least 0 and below 1, got {attn_drop}")
+        self.num_heads, self.scale, self.attn_drop = num_heads, qk_scale, attn_drop
+        self.window = window_of(self.rank, kernel_size, stride, dilation, is_causal)
+        kernels, _, dilations, _ = split_window(self.window)
+        self.span = [k * d for k, d in zip(kernels, dilations, strict=True)]
+        geometry_of(tuple(self.span), tuple(self.window))  # says now what is wrong with the window
+
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias, device=device, dtype=dtype)
+        bias_shape = (num_heads, *(2 * k - 1 for k in kernels))
+        rpb = nn.Parameter(torch.empty(bias_shape, device=device, dtype=dtype)) if rel_pos_bias else None
+        self.register_parameter("rpb", rpb)
+        self.proj = nn.Linear(embed_dim, embed_dim, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+        if rpb is not None:
+            nn.init.trunc_normal_(rpb, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = pad_to_span(x, self.span)
+        qkv = self.qkv(padded).unflatten(-1, (3, self.num_heads, -1))
+        out = attend(qkv, self.window, self.rpb, self.scale, self.attn_drop if self.training else 0.0)
+        return self.proj_drop(self.proj(crop_like(out.flatten(-2), x)))
+
+    def extra_repr(self) -> str:
+        names = ("kernel_size", "stride", "dilation", "is_causal")
+        window = ", ".join(f"{name}={value}" for name, value in zip(names, split_window(self.window), strict=True))
+        return f"num_heads={self.num_heads}, {window}"
+
+
+class NeighborhoodAttention1D(_NeighborhoodAttention):
+    rank = 1
+    __doc__ = _NeighborhoodAttention.__doc__
+
+
+class NeighborhoodAttention2D(_NeighborhoodAttention):
+    rank = 2
+    __doc__ = _NeighborhoodAttention.__doc__
+
+
+class NeighborhoodAttention3D(_NeighborhoodAttention):
+    rank = 3
+    __doc__ = _NeighborhoodAttention.__doc__

@@ -1,0 +1,151 @@
+"""The registered torch ops: checks, dispatch, shapes, autograd. Knows torch only; Triton is imported when first used.
+
+`dinat_triton::na` checks its input, picks a backend and is transparent to autograd: the reference runs in the open, so
+that it can be differentiated any way torch can. The fused backends sit behind `dinat_triton::fused`, opaque to the
+compiler, with `dinat_triton::fused_backward` as its gradient.
+
+The ops take query, key and value as a list: of the three, or of one tensor that packs them before its heads axis. A
+packed input gets a packed gradient, with no copy in between. `window` is kernel_size, stride, dilation and is_causal of
+all axes, one after the other.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from dinat_triton import dropout, reference, tiled
+from dinat_triton.dispatch import resolve
+from dinat_triton.checks import check_dropout, check_rpb, check_tensors
+from dinat_triton.geometry import Geometry, geometry_of
+
+LIBRARY = torch.library.Library("dinat_triton", "DEF")
+LIBRARY.define(
+    "na(Tensor[] qkv, int[] window, Tensor? rpb=None, float? scale=None, float dropout_p=0.0, bool return_lse=False, "
+    "str? backend=None) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "fused(Tensor[] qkv, Tensor? rpb, Tensor? seed, int[] window, float scale, float dropout_p, bool need_lse, "
+    "str backend) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "fused_backward(Tensor[] qkv, Tensor? rpb, Tensor? seed, Tensor out, Tensor lse, Tensor grad_out, "
+    "Tensor? grad_lse, int[] window, float scale, float dropout_p, str backend) -> (Tensor[], Tensor)"
+)
+
+
+def _geometry(query: Tensor, window: list[int]) -> Geometry:
+    return geometry_of(tuple(int(n) for n in query.shape[1:-2]), tuple(window))
+
+
+def unpack(qkv: list[Tensor]) -> list[Tensor]:
+    """Query, key and value, each `[batch, *shape, heads, dim]`."""
+    return qkv if len(qkv) == 3 else list(qkv[0].unbind(-3))
+
+
+def na(
+    qkv: list[Tensor],
+    window: list[int],
+    rpb: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    device = qkv[0].device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        low = torch.get_autocast_dtype(device)
+        qkv = [x if x.dtype == torch.float64 else x.to(low) for x in qkv]
+    query, key, value = unpack(qkv)
+    check_tensors(query, key, value)
+    check_dropout(dropout_p)
+    geometry = _geometry(query, window)
+    if rpb is not None:
+        check_rpb(rpb, query, geometry)
+    backend = resolve(backend, query, key, value)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    seed = dropout.new_seed(query.device) if dropout_p > 0 else None
+    if backend == "reference":
+        return reference.attention(query, key, value, rpb, seed, geometry, scale, dropout_p)
+    # Triton's backward reads the log-sum-exp; writing it costs next to nothing. The tiled backward recomputes it.
+    need_lse = return_lse or backend == "triton"
+    return torch.ops.dinat_triton.fused(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend)
+
+
+def _fused(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend):
+    query, key, value = unpack(qkv)
+    geometry = _geometry(query, window)
+    if query.numel() == 0:
+        return _fused_fake(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend)
+    return _module(backend).forward(query, key, value, rpb, seed, geometry, scale, dropout_p, need_lse)
+
+
+def _fused_fake(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend):
+    query, _, value = unpack(qkv)
+    out = query.new_empty(*query.shape[:-1], value.shape[-1])
+    lse = query.new_empty(query.shape[:-1] if need_lse else (0,), dtype=reference.accumulator(query.dtype))
+    return out, lse
+
+
+def _fused_backward(qkv, rpb, seed, out, lse, grad_out, grad_lse, window, scale, dropout_p, backend):
+    query, key, value = unpack(qkv)
+    geometry = _geometry(query, window)
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in qkv]
+    if query.numel() == 0:
+        return grads, _no_bias(rpb, query).zero_()
+    grad_rpb = _module(backend).backward(
+        query, key, value, rpb, seed, out, lse, grad_out, grad_lse, geometry, scale, dropout_p, unpack(grads)
+    )
+    return grads, _no_bias(rpb, query) if grad_rpb is None else grad_rpb
+
+
+def _fused_backward_fake(qkv, rpb, seed, out, lse, grad_out, grad_lse, window, scale, dropout_p, backend):
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in qkv], _no_bias(rpb, qkv[0])
+
+
+def _no_bias(rpb: Tensor | None, like: Tensor) -> Tensor:
+    """An op must return a tensor even where there is no bias to differentiate."""
+    return like.new_empty(0) if rpb is None else torch.empty_like(rpb, memory_format=torch.contiguous_format)
+
+
+def _module(backend: str) -> ModuleType:
+    if backend == "tiled":
+        return tiled
+    from dinat_triton.kernels import launch
+
+    return launch
+
+
+def _save(ctx, inputs, output):
+    qkv, rpb, seed, ctx.window, ctx.scale, ctx.dropout_p, ctx.need_lse, ctx.backend = inputs
+    ctx.save_for_backward(*qkv, rpb, seed, *output)
+
+
+def _differentiate(ctx, grad_out, grad_lse):
+    *qkv, rpb, seed, out, lse = ctx.saved_tensors
+    grads, grad_rpb = torch.ops.dinat_triton.fused_backward(
+        qkv, rpb, seed, out, lse, grad_out, grad_lse if ctx.need_lse else None,
+        ctx.window, ctx.scale, ctx.dropout_p, ctx.backend,
+    )  # fmt: skip
+    return grads, None if rpb is None else grad_rpb, None, None, None, None, None, None
+
+
+def _save_backend(ctx, inputs, output):
+    ctx.backend = inputs[-1]
+
+
+def _refuse_second_order(ctx, *grads):
+    raise RuntimeError(f"backend {ctx.backend!r} has no second derivatives; backend='reference' has")
+
+
+LIBRARY.impl("na", na, "CompositeImplicitAutograd")
+LIBRARY.impl("fused", _fused, "CompositeExplicitAutograd")
+LIBRARY.impl("fused_backward", _fused_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("dinat_triton::fused", _fused_fake, lib=LIBRARY)
+torch.library.register_fake("dinat_triton::fused_backward", _fused_backward_fake, lib=LIBRARY)
+torch.library.register_autograd("dinat_triton::fused", _differentiate, setup_context=_save, lib=LIBRARY)
+torch.library.register_autograd(
+    "dinat_triton::fused_backward", _refuse_second_order, setup_context=_save_backend, lib=LIBRARY
+)
