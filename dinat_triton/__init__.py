@@ -3,6 +3,7 @@
 from dinat_triton.dispatch import use_backend
 from dinat_triton.functional import na1d, na2d, na3d
 from dinat_triton.geometry import Geometry
+from dinat_triton.models import dinat, dinat_s, isotropic  # noqa: F401  (registers the models in timm)
 from dinat_triton.modules import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
 from dinat_triton.plan import Plan
 from dinat_triton.version import __version__

@@ -11,6 +11,8 @@ from dinat_triton.version import __version__
 # Imported only when called for, so that `--help` answers at once.
 COMMANDS = {
     "demo": "check and time every backend that runs here",
+    "explore": "play with windows, plans and receptive fields in the browser",
+    "plot": "draw neighborhoods, receptive fields, plans and attention",
 }
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 import dinat_triton.ops  # noqa: F401  (registers torch.ops.dinat_triton)
-from dinat_triton.dispatch import current_backend
 from dinat_triton.checks import check_rank
+from dinat_triton.dispatch import current_backend
 from dinat_triton.geometry import broadcast_bools, broadcast_ints
 
 Ints = int | Sequence[int]

@@ -169,6 +169,26 @@ class Geometry:
         """Tokens and bias indices of the queries that see each key, `[tokens, most]`, padded with -1."""
         return self._product([axis.inverse_neighbors() for axis in self.axes])
 
+    def token_at(self, position: Sequence[int]) -> int:
+        """The token at a position of the map."""
+        position = tuple(position)
+        if len(position) != self.rank or not all(0 <= p < n for p, n in zip(position, self.shape, strict=True)):
+            raise ValueError(f"the position must lie on the map {self.shape}, got {position}")
+        return int(np.ravel_multi_index(position, self.shape))
+
+    def keys_of(self, query: Sequence[int]) -> IntArray:
+        """Tokens that the query at a position sees. Needs no table of all windows, however large they are."""
+        return self._seen_at(query, [axis.neighbors()[0] for axis in self.axes])
+
+    def queries_of(self, key: Sequence[int]) -> IntArray:
+        """Tokens that see the key at a position."""
+        return self._seen_at(key, [axis.inverse_neighbors()[0] for axis in self.axes])
+
+    def _seen_at(self, position: Sequence[int], per_axis: list[IntArray]) -> IntArray:
+        self.token_at(position)  # says what is wrong with the position
+        tokens = outer_index([seen[[p]] for seen, p in zip(per_axis, position, strict=True)], self.shape)[0]
+        return tokens[tokens >= 0]
+
     def _product(self, per_axis: list[tuple[IntArray, IntArray]]) -> tuple[IntArray, IntArray]:
         tokens = outer_index([positions for positions, _ in per_axis], self.shape)
         offsets = outer_index([offsets for _, offsets in per_axis], self.bias_shape)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from dinat_triton import dropout, reference, tiled
-from dinat_triton.dispatch import resolve
 from dinat_triton.checks import check_dropout, check_rpb, check_tensors
+from dinat_triton.dispatch import resolve
 from dinat_triton.geometry import Geometry, geometry_of
 
 LIBRARY = torch.library.Library("dinat_triton", "DEF")

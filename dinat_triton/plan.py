@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import product
 from math import ceil, prod
 
 import numpy as np
@@ -20,7 +21,7 @@ import numpy as np
 from dinat_triton.geometry import Axis, Geometry, IntArray, broadcast_ints, outer_index
 
 MASKED = -1  # in rel: the row does not see this column
-PADDING = -1  # in row_tokens: an empty slot of a tile
+PADDING = -1  # in tokens: an empty slot of a tile
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ def tile_axis(axis: Axis, tile: int, transposed: bool = False) -> tuple[AxisTile
 class TileClass:
     """Tiles with the same relative picture."""
 
-    row_tokens: IntArray  # [tiles, rows] token of each row, PADDING in empty slots
-    col_tokens: IntArray  # [tiles, columns] token of each column; padded ones repeat a column of the same tile
+    row_tokens: IntArray  # [tiles, rows] token of each row, or PADDING
+    col_tokens: IntArray  # [tiles, columns] token of each column, or PADDING
     rel: IntArray  # [rows, columns] bias index of each pair, or MASKED
 
 
@@ -83,8 +84,7 @@ class Cost:
         queries: Rows with a token.
         scores: Scores evaluated, padding included.
         useful_scores: Scores that attend.
-        row_loads: Tokens loaded and stored as rows.
-        col_loads: Tokens loaded as columns; more than `queries` because tiles overlap.
+        col_loads: Tokens loaded as columns; more than `queries` where tiles overlap.
         table_entries: Entries of the bias table that the tile classes share.
         launches: Batched products a backend issues when it takes one class at a time; a fused kernel takes all in one.
     """
@@ -92,7 +92,6 @@ class Cost:
     queries: int
     scores: int
     useful_scores: int
-    row_loads: int
     col_loads: int
     table_entries: int
     launches: int
@@ -108,7 +107,7 @@ class Cost:
     def bytes(self, batch: int, heads: int, dim: int, itemsize: int) -> tuple[int, int]:
         """Bytes of a forward: the floor (q, k, v, out once each), and what the tiles load and store, table included."""
         token = batch * heads * dim * itemsize
-        return 4 * self.queries * token, 2 * (self.row_loads + self.col_loads) * token + 4 * heads * self.table_entries
+        return 4 * self.queries * token, 2 * (self.queries + self.col_loads) * token + 4 * heads * self.table_entries
 
 
 @dataclass(frozen=True)
@@ -133,9 +132,8 @@ class Plan:
         object.__setattr__(self, "tile", broadcast_ints("tile", self.tile, self.geometry.rank))
         if self.chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {self.chunk}")
-        rows = max(prod(tiles.rel.shape[0] for tiles in combo) for combo in self._combinations())
-        if self.block is not None and self.block < rows:
-            raise ValueError(f"block must hold the {rows} rows of a tile of {self.tile}, got {self.block}")
+        if self.block is not None and self.block < self.largest[0]:
+            raise ValueError(f"block must hold the {self.largest[0]} rows of a {self.tile} tile, got {self.block}")
 
     def _combinations(self) -> list[tuple[AxisTiles, ...]]:
         """The tile classes as one class per axis each."""
@@ -143,10 +141,20 @@ class Plan:
         return [tuple(per_axis[a][i] for a, i in enumerate(index)) for index in np.ndindex(*map(len, per_axis))]
 
     def _padded(self, combination: Sequence[AxisTiles]) -> tuple[int, int]:
-        """Row slots and columns of a tile of this class."""
-        rows = self.block or prod(tiles.rel.shape[0] for tiles in combination)
-        columns = prod(tiles.rel.shape[1] for tiles in combination)
-        return rows, ceil(columns / self.chunk) * self.chunk
+        """Row slots and columns of a tile of this class, padding included."""
+        rows, columns = _cells(combination)
+        return self.block or rows, ceil(columns / self.chunk) * self.chunk
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """The most rows and the most columns of any tile, without padding."""
+        rows, columns = zip(*map(_cells, self._combinations()), strict=True)
+        return max(rows), max(columns)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether no two tiles share a column: a tile is then a whole problem of its own."""
+        return self.cost().col_loads == self.geometry.num_tokens
 
     @cached_property
     def classes(self) -> tuple[TileClass, ...]:
@@ -161,7 +169,7 @@ class Plan:
             classes.append(
                 TileClass(
                     np.pad(row_tokens, ((0, 0), (0, pad_rows)), constant_values=PADDING),
-                    np.pad(col_tokens, ((0, 0), (0, pad_columns)), mode="edge"),
+                    np.pad(col_tokens, ((0, 0), (0, pad_columns)), constant_values=PADDING),
                     np.pad(rel, ((0, pad_rows), (0, pad_columns)), constant_values=MASKED),
                 )
             )
@@ -169,21 +177,36 @@ class Plan:
 
     def cost(self) -> Cost:
         """Counts work from the axes alone, without building the token arrays."""
-        scores = row_loads = col_loads = entries = 0
+        scores = col_loads = entries = 0
         combinations = self._combinations()
         for combination in combinations:
             tiles = prod(axis.num_tiles for axis in combination)
             rows, columns = self._padded(combination)
             scores += tiles * rows * columns
-            row_loads += tiles * rows
-            col_loads += tiles * columns
+            col_loads += tiles * _cells(combination)[1]
             entries += rows * columns
         return Cost(
             queries=self.geometry.num_tokens,
             scores=scores,
             useful_scores=self.geometry.num_pairs,
-            row_loads=row_loads,
             col_loads=col_loads,
             table_entries=entries,
             launches=len(combinations),
         )
+
+
+def _cells(combination: Sequence[AxisTiles]) -> tuple[int, int]:
+    """Rows and columns of a tile that has these axis tiles."""
+    rows, columns = zip(*(tiles.rel.shape for tiles in combination), strict=True)
+    return prod(rows), prod(columns)
+
+
+def tile_candidates(geometry: Geometry, most_rows: int) -> list[tuple[int, ...]]:
+    """Tiles worth trying: runs that cut the longest residue class evenly and keep a stride's queries together."""
+    per_axis = []
+    for axis in geometry.axes:
+        length = ceil(axis.size / axis.dilation)
+        even = {ceil(length / n) for n in range(1, length + 1)}
+        aligned = {min(ceil(run / axis.stride) * axis.stride, length) for run in even}
+        per_axis.append(sorted(aligned))
+    return [tile for tile in product(*per_axis) if prod(tile) <= most_rows] or [tuple(runs[0] for runs in per_axis)]

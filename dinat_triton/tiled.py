@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
-from math import ceil
 
 import torch
 from torch import Tensor
@@ -17,13 +15,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dinat_triton import bias
 from dinat_triton.dropout import keep_mask
-from dinat_triton.geometry import Axis, Geometry
-from dinat_triton.plan import Plan
+from dinat_triton.geometry import Geometry
+from dinat_triton.plan import Plan, tile_candidates
 
 # What a tile choice costs on a CPU core, in nanoseconds: a score, a gathered token and head, and a tile class's calls.
 SCORE_NS, TOKEN_NS, CLASS_NS = 1.2, 10.0, 60_000.0
 # Scores held at once: a few megabytes, so that a group's products and softmax stay in cache.
 SCORES_AT_ONCE = 1 << 20
+MOST_ROWS = 1024
 
 
 def forward(
@@ -210,15 +209,7 @@ def choose_tile(geometry: Geometry, batch_heads: int) -> tuple[int, ...]:
 
     def cost(tile: tuple[int, ...]) -> float:
         c = Plan(geometry, tile).cost()
-        tokens = 2 * (c.row_loads + c.col_loads)
+        tokens = 2 * (c.queries + c.col_loads)
         return batch_heads * (c.scores * SCORE_NS + tokens * TOKEN_NS) + c.launches * CLASS_NS
 
-    return min(product(*(_tile_candidates(axis) for axis in geometry.axes)), key=cost)
-
-
-def _tile_candidates(axis: Axis) -> list[int]:
-    """Runs that cut the longest residue class evenly and keep a stride's queries together."""
-    length = ceil(axis.size / axis.dilation)
-    runs = {ceil(length / n) for n in range(1, length + 1)}
-    aligned = {min(ceil(run / axis.stride) * axis.stride, length) for run in runs if run <= 4 * axis.kernel}
-    return sorted(aligned) or [length]
+    return min(tile_candidates(geometry, MOST_ROWS), key=cost)

@@ -1,0 +1,272 @@
+"""The fused backward: gradients of q, k, v and of the bias. No atomics, so equal runs give equal bits.
+
+With P the probabilities, dP = dO . v, delta = rowsum(P * dP) and dL the gradient of the log-sum-exp:
+    dS = P * (dP - delta + dL),  dq = scale * dS . k,  dk = scale * dS^T . q,  dv = P^T . dO,  dbias = sum over pairs of dS
+
+Closed tiles, whose columns no other tile reads, take one pass with five products. Others take two: tiles of queries for
+dq and the bias, then tiles of keys, on the transposed plan, for dk and dv.
+"""
+
+import triton
+import triton.language as tl
+
+from dinat_triton.kernels.tiles import (
+    LOG2E,
+    dot,
+    drop,
+    load_row,
+    load_tile,
+    pair_bias,
+    read_run,
+    store_row,
+    store_tile,
+)
+
+RUNTIME = ["batch", "batch_step", "tokens", "heads", "group", "bias_head", "max_chunks"]
+
+
+@triton.jit(do_not_specialize=["batch", "batch_step", "tokens", "heads", "group", "bias_head"])
+def closed_backward_kernel(
+    q, k, v, lse, grad_out, grad_lse, grad_q, grad_k, grad_v, grad_pairs, rpb, seed,
+    row_tokens, col_tokens, runs, rel,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+    dq_batch, dq_token, dq_head, dk_batch, dk_token, dk_head, dv_batch, dv_token, dv_head, do_batch, do_token, do_head,
+    batch, batch_step, tokens, heads, group, bias_head, scale, keep_from, keep_scale,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
+    CHUNK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GRAD_LSE: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (runs * heads, batch splits), as the forward; the bias gradient of a program stays in registers."""
+    head, tile_class, first, end, _ = read_run(runs, heads)
+    first_item = tl.program_id(1) * batch_step
+    end_item = tl.minimum(first_item + batch_step, batch)
+    row, col = tl.arange(0, ROWS), tl.arange(0, CHUNK)
+    pair = row[:, None] * CHUNK + col[None, :]
+    rel_tile = tl.load(rel + tile_class * ROWS * CHUNK + pair)
+    bias = pair_bias(rpb, head * bias_head, rel_tile, 1 / scale, HAS_BIAS)  # [R, C]
+    to_log2 = scale * LOG2E
+    grad_bias = tl.zeros((ROWS, CHUNK), tl.float32)
+
+    for tile in range(first, end):
+        row_tok = tl.load(row_tokens + tile * ROWS + row)
+        col_tok = tl.load(col_tokens + tile * CHUNK + col)
+        for item in range(first_item, end_item):
+            i = tl.cast(item, tl.int64)
+            row_at = i * tokens * heads + head
+            q_tile = load_tile(q + i * q_batch + head * q_head, row_tok, q_token, D, BLOCK_D)  # [R, D]
+            k_tile = load_tile(k + i * k_batch + head * k_head, col_tok, k_token, D, BLOCK_D)  # [C, D]
+            v_tile = load_tile(v + i * v_batch + head * v_head, col_tok, v_token, DV, BLOCK_DV)  # [C, DV]
+            do_tile = load_tile(grad_out + i * do_batch + head * do_head, row_tok, do_token, DV, BLOCK_DV)  # [R, DV]
+
+            s = dot(q_tile, tl.trans(k_tile), bias, PRECISION)  # [R, C]
+            p = tl.exp2(s * to_log2 - (load_row(lse + row_at, row_tok, heads) * LOG2E)[:, None])
+            dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)  # [R, C]
+            dropped = p
+            if DROPOUT:
+                draw_row, draw_col, draw_head = row_tok[:, None], col_tok[None, :], item * heads + head
+                dropped = drop(p, seed, keep_from, keep_scale, draw_row, draw_col, draw_head)
+                dp = drop(dp, seed, keep_from, keep_scale, draw_row, draw_col, draw_head)
+            dv_tile = dot(tl.trans(dropped.to(do_tile.dtype)), do_tile, None, PRECISION)  # [C, DV]
+            delta = tl.sum(p * dp, 1)
+            if HAS_GRAD_LSE:
+                delta -= load_row(grad_lse + row_at, row_tok, heads)
+            ds = p * (dp - delta[:, None])
+            if HAS_BIAS:
+                grad_bias += ds
+            ds = ds.to(q_tile.dtype)
+            dq_tile = dot(ds, k_tile, None, PRECISION) * scale  # [R, D]
+            dk_tile = dot(tl.trans(ds), q_tile, None, PRECISION) * scale  # [C, D]
+
+            store_tile(grad_q + i * dq_batch + head * dq_head, row_tok, dq_token, dq_tile, D, BLOCK_D)
+            store_tile(grad_k + i * dk_batch + head * dk_head, col_tok, dk_token, dk_tile, D, BLOCK_D)
+            store_tile(grad_v + i * dv_batch + head * dv_head, col_tok, dv_token, dv_tile, DV, BLOCK_DV)
+
+    if HAS_BIAS:
+        program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+        tl.store(grad_pairs + program * ROWS * CHUNK + pair, grad_bias)
+
+
+@triton.jit
+def grad_logits(
+    q_tile, do_tile, k_at, v_at, k_token, v_token, row_tok, col_tok, bias, row_lse, delta, to_log2,
+    seed, keep_from, keep_scale, batch_head,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dS of one chunk of columns, and the keys that it multiplies."""
+    k_tile = load_tile(k_at, col_tok, k_token, D, BLOCK_D)  # [C, D]
+    v_tile = load_tile(v_at, col_tok, v_token, DV, BLOCK_DV)  # [C, DV]
+    s = dot(q_tile, tl.trans(k_tile), bias, PRECISION)  # [R, C]
+    p = tl.exp2(s * to_log2 - (row_lse * LOG2E)[:, None])
+    dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)  # [R, C]
+    if DROPOUT:
+        dp = drop(dp, seed, keep_from, keep_scale, row_tok[:, None], col_tok[None, :], batch_head)
+    return p * (dp - delta[:, None]), k_tile
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def query_backward_kernel(
+    q, k, v, out, lse, grad_out, grad_lse, delta_rows, grad_q, grad_pairs, table, seed,
+    row_tokens, col_tokens, runs,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+    dq_batch, dq_token, dq_head, do_batch, do_token, do_head,
+    batch, batch_step, tokens, heads, group, bias_head, max_chunks, scale, keep_from, keep_scale,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
+    CHUNK: tl.constexpr, BIAS_CHUNKS: tl.constexpr, GRAD_QUERY: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Tiles of queries: dq and delta, and the bias gradient of BIAS_CHUNKS chunks, kept in registers.
+
+    Grid (runs * heads, batch splits, groups of BIAS_CHUNKS chunks). Where one group holds the whole span, one launch does
+    all; else dq comes from a launch without bias, and the bias from one without dq.
+    """
+    head, tile_class, first, end, chunks = read_run(runs, heads)
+    first_item = tl.program_id(1) * batch_step
+    end_item = tl.minimum(first_item + batch_step, batch)
+    row, col = tl.arange(0, ROWS), tl.arange(0, CHUNK)
+    span = max_chunks * CHUNK
+    first_col = tl.program_id(2) * BIAS_CHUNKS * CHUNK
+    pair = row[:, None] * span + first_col + col[None, :]
+    bias_at = table + head.to(tl.int64) * bias_head + tile_class * ROWS * span + pair
+    to_log2 = scale * LOG2E
+    grad_bias = ()
+    for _ in tl.static_range(BIAS_CHUNKS):
+        grad_bias = grad_bias + (tl.zeros((ROWS, CHUNK), tl.float32),)
+
+    for tile in range(first, end):
+        row_tok = tl.load(row_tokens + tile * ROWS + row)
+        col_tok_at = col_tokens + tl.cast(tile, tl.int64) * span + first_col + col
+        for item in range(first_item, end_item):
+            i = tl.cast(item, tl.int64)
+            row_at = i * tokens * heads + head
+            q_tile = load_tile(q + i * q_batch + head * q_head, row_tok, q_token, D, BLOCK_D)  # [R, D]
+            do_tile = load_tile(grad_out + i * do_batch + head * do_head, row_tok, do_token, DV, BLOCK_DV)  # [R, DV]
+            k_at = k + i * k_batch + head // group * k_head
+            v_at = v + i * v_batch + head // group * v_head
+            row_lse = load_row(lse + row_at, row_tok, heads)
+            if GRAD_QUERY:
+                out_tile = load_tile(out + row_at * DV, row_tok, heads * DV, DV, BLOCK_DV)  # [R, DV]
+                delta = tl.sum(out_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
+                if HAS_GRAD_LSE:
+                    delta -= load_row(grad_lse + row_at, row_tok, heads)
+                store_row(delta_rows + row_at, row_tok, heads, delta)
+                dq_tile = tl.zeros((ROWS, BLOCK_D), tl.float32)
+            else:
+                delta = load_row(delta_rows + row_at, row_tok, heads)
+            if BIAS_CHUNKS > 0:
+                for c in tl.static_range(BIAS_CHUNKS):
+                    ds, k_tile = grad_logits(
+                        q_tile, do_tile, k_at, v_at, k_token, v_token, row_tok, tl.load(col_tok_at + c * CHUNK),
+                        tl.load(bias_at + c * CHUNK), row_lse, delta, to_log2,
+                        seed, keep_from, keep_scale, item * heads + head,
+                        D, DV, BLOCK_D, BLOCK_DV, DROPOUT, PRECISION,
+                    )  # fmt: skip
+                    grad_bias = grad_bias[:c] + (grad_bias[c] + ds,) + grad_bias[c + 1 :]
+                    if GRAD_QUERY:
+                        dq_tile = dot(ds.to(k_tile.dtype), k_tile, dq_tile, PRECISION)
+            else:
+                for chunk in range(chunks):
+                    ds, k_tile = grad_logits(
+                        q_tile, do_tile, k_at, v_at, k_token, v_token, row_tok, tl.load(col_tok_at + chunk * CHUNK),
+                        tl.load(bias_at + chunk * CHUNK), row_lse, delta, to_log2,
+                        seed, keep_from, keep_scale, item * heads + head,
+                        D, DV, BLOCK_D, BLOCK_DV, DROPOUT, PRECISION,
+                    )  # fmt: skip
+                    dq_tile = dot(ds.to(k_tile.dtype), k_tile, dq_tile, PRECISION)
+            if GRAD_QUERY:
+                store_tile(grad_q + i * dq_batch + head * dq_head, row_tok, dq_token, dq_tile * scale, D, BLOCK_D)
+
+    program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    for c in tl.static_range(BIAS_CHUNKS):
+        tl.store(grad_pairs + program * ROWS * span + pair + c * CHUNK, grad_bias[c])
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def key_backward_kernel(
+    q, k, v, lse, grad_out, delta_rows, grad_k, grad_v, table, seed,
+    row_tokens, col_tokens, runs,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+    dk_batch, dk_token, dk_head, dv_batch, dv_token, dv_head, do_batch, do_token, do_head,
+    batch, batch_step, tokens, heads, group, bias_head, max_chunks, scale, keep_from, keep_scale,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
+    CHUNK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Tiles of keys on the transposed plan: dk and dv, over the queries of every head that shares the key's.
+
+    Grid (runs * key heads, batch splits).
+    """
+    kv_heads = heads // group
+    kv_head, tile_class, first, end, chunks = read_run(runs, kv_heads)
+    first_item = tl.program_id(1) * batch_step
+    end_item = tl.minimum(first_item + batch_step, batch)
+    row, col = tl.arange(0, ROWS), tl.arange(0, CHUNK)
+    span = max_chunks * CHUNK
+    pair = row[:, None] * span + col[None, :]
+    to_log2 = scale * LOG2E
+
+    for tile in range(first, end):
+        row_tok = tl.load(row_tokens + tile * ROWS + row)
+        col_tok_at = col_tokens + tl.cast(tile, tl.int64) * span + col
+        for item in range(first_item, end_item):
+            i = tl.cast(item, tl.int64)
+            k_tile = load_tile(k + i * k_batch + kv_head * k_head, row_tok, k_token, D, BLOCK_D)  # [R, D]
+            v_tile = load_tile(v + i * v_batch + kv_head * v_head, row_tok, v_token, DV, BLOCK_DV)  # [R, DV]
+            dk_tile = tl.zeros((ROWS, BLOCK_D), tl.float32)
+            dv_tile = tl.zeros((ROWS, BLOCK_DV), tl.float32)
+            for step in range(chunks * group):
+                head, chunk = kv_head * group + step // chunks, step % chunks
+                col_tok = tl.load(col_tok_at + chunk * CHUNK)
+                bias_at = table + head.to(tl.int64) * bias_head + tile_class * ROWS * span + pair
+                col_at = i * tokens * heads + head
+                q_tile = load_tile(q + i * q_batch + head * q_head, col_tok, q_token, D, BLOCK_D)  # [C, D]
+                do_tile = load_tile(grad_out + i * do_batch + head * do_head, col_tok, do_token, DV, BLOCK_DV)
+                bias = tl.load(bias_at + chunk * CHUNK)
+                s = dot(k_tile, tl.trans(q_tile), bias, PRECISION)  # [R, C]
+                p = tl.exp2(s * to_log2 - (load_row(lse + col_at, col_tok, heads) * LOG2E)[None, :])
+                dp = dot(v_tile, tl.trans(do_tile), None, PRECISION)  # [R, C]
+                dropped = p
+                if DROPOUT:
+                    draw_row, draw_col, draw_head = row_tok[:, None], col_tok[None, :], item * heads + head
+                    dropped = drop(p, seed, keep_from, keep_scale, draw_col, draw_row, draw_head)
+                    dp = drop(dp, seed, keep_from, keep_scale, draw_col, draw_row, draw_head)
+                dv_tile = dot(dropped.to(do_tile.dtype), do_tile, dv_tile, PRECISION)
+                ds = p * (dp - load_row(delta_rows + col_at, col_tok, heads)[None, :])
+                dk_tile = dot(ds.to(q_tile.dtype), q_tile, dk_tile, PRECISION)
+            store_tile(grad_k + i * dk_batch + kv_head * dk_head, row_tok, dk_token, dk_tile * scale, D, BLOCK_D)
+            store_tile(grad_v + i * dv_batch + kv_head * dv_head, row_tok, dv_token, dv_tile, DV, BLOCK_DV)
+
+
+@triton.jit(do_not_specialize=["programs", "splits", "heads", "pairs"])
+def sum_programs_kernel(
+    partials, sums, first_run, programs, splits, heads, pairs,
+    BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Adds up the bias gradients of the programs of each tile class, in a fixed order.
+
+    Grid (blocks of pairs, classes, heads); `partials` is [splits, runs, heads, pairs].
+    """
+    tile_class, head = tl.program_id(1), tl.program_id(2)
+    first, end = tl.load(first_run + tile_class), tl.load(first_run + tile_class + 1)
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    count = (end - first) * splits
+    for start in range(0, count, STEP):
+        n = start + tl.arange(0, STEP)
+        run, split = first + n // splits, n % splits
+        program = (split * programs + run * heads + head).to(tl.int64)
+        mask = (n < count)[:, None] & (pair < pairs)[None, :]
+        total += tl.sum(tl.load(partials + program[:, None] * pairs + pair[None, :], mask=mask, other=0.0), 0)
+    at = sums + (head.to(tl.int64) * tl.num_programs(1) + tile_class) * pairs
+    tl.store(at + pair, total, mask=pair < pairs)
+
+
+@triton.jit(do_not_specialize=["all_pairs", "offsets", "longest"])
+def fold_bias_kernel(sums, members, grad_rpb, all_pairs, offsets, longest, BLOCK: tl.constexpr):
+    """Adds up the pairs of each bias entry, in a fixed order. Grid (offsets, heads); `members` is [offsets, longest]."""
+    offset, head = tl.program_id(0), tl.program_id(1)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, longest, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        pair = tl.load(members + offset * longest + n, mask=n < longest, other=-1)
+        total += tl.load(sums + head.to(tl.int64) * all_pairs + pair, mask=pair >= 0, other=0.0)
+    tl.store(grad_rpb + head * offsets + offset, tl.sum(total, 0).to(grad_rpb.dtype.element_ty))

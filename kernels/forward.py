@@ -1,0 +1,95 @@
+"""The fused forward: softmax(scale * q . k + bias) . v, tile by tile of a plan."""
+
+import triton
+import triton.language as tl
+
+from dinat_triton.kernels.tiles import LN2, LOG2E, dot, drop, load_tile, pair_bias, read_run, store_row, store_tile
+
+# Below any logit, and finite: a running maximum that starts here never meets (-inf) - (-inf).
+LOWEST = tl.constexpr(-1e30)
+
+
+@triton.jit
+def attend(
+    q_tile, k_at, v_at, k_token, v_token, row_tok, col_tok, bias, m, l, acc, to_log2,
+    seed, keep_from, keep_scale, batch_head,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    ONLINE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attends to one chunk of columns; ONLINE adds it to the maximum, sum and output of the chunks before."""
+    k_tile = load_tile(k_at, col_tok, k_token, D, BLOCK_D)  # [C, D]
+    v_tile = load_tile(v_at, col_tok, v_token, DV, BLOCK_DV)  # [C, DV]
+    # The bias is the accumulator: adding it after the product would compute the exponentials in two layouts.
+    s = dot(q_tile, tl.trans(k_tile), bias, PRECISION)  # [R, C]
+    m_next = tl.max(s, 1)
+    if ONLINE:
+        m_next = tl.maximum(m, m_next)
+    p = tl.exp2(s * to_log2 - (m_next * to_log2)[:, None])
+    sums = tl.sum(p, 1)
+    if DROPOUT:
+        p = drop(p, seed, keep_from, keep_scale, row_tok[:, None], col_tok[None, :], batch_head)
+    if ONLINE:
+        shrink = tl.exp2((m - m_next) * to_log2)
+        sums += l * shrink
+        acc = dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], PRECISION)  # [R, DV]
+    else:
+        acc = dot(p.to(v_tile.dtype), v_tile, None, PRECISION)
+    return m_next, sums, acc
+
+
+@triton.jit(do_not_specialize=["batch", "batch_step", "tokens", "heads", "group", "bias_head", "max_chunks"])
+def forward_kernel(
+    q, k, v, out, lse, bias_source, seed, row_tokens, col_tokens, runs, rel,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+    batch, batch_step, tokens, heads, group, bias_head, max_chunks, scale, keep_from, keep_scale,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
+    CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (runs * heads, batch splits): a program walks one run of tiles over its part of the batch.
+
+    One chunk: `bias_source` is rpb, and the tile's bias is gathered once and stays in registers. More: it is the table
+    that `table_kernel` wrote, read chunk by chunk out of the cache.
+    """
+    head, tile_class, first, end, chunks = read_run(runs, heads)
+    first_item = tl.program_id(1) * batch_step
+    end_item = tl.minimum(first_item + batch_step, batch)
+    row, col = tl.arange(0, ROWS), tl.arange(0, CHUNK)
+    span = max_chunks * CHUNK
+    pair = (tile_class * ROWS + row[:, None]) * span + col[None, :]
+    if ONE_CHUNK:
+        bias = pair_bias(bias_source, head * bias_head, tl.load(rel + pair), 1 / scale, HAS_BIAS)  # [R, C]
+    else:
+        bias_at = bias_source + head.to(tl.int64) * bias_head + pair
+    to_log2 = scale * LOG2E
+
+    for tile in range(first, end):
+        row_tok = tl.load(row_tokens + tile * ROWS + row)
+        col_tok_at = col_tokens + tl.cast(tile, tl.int64) * span + col
+        if ONE_CHUNK:
+            col_tok = tl.load(col_tok_at)
+        for item in range(first_item, end_item):
+            i = tl.cast(item, tl.int64)
+            q_tile = load_tile(q + i * q_batch + head * q_head, row_tok, q_token, D, BLOCK_D)  # [R, D]
+            k_at = k + i * k_batch + head // group * k_head
+            v_at = v + i * v_batch + head // group * v_head
+            m = tl.full((ROWS,), LOWEST, tl.float32)
+            l = tl.zeros((ROWS,), tl.float32)
+            acc = tl.zeros((ROWS, BLOCK_DV), tl.float32)
+            if ONE_CHUNK:
+                m, l, acc = attend(
+                    q_tile, k_at, v_at, k_token, v_token, row_tok, col_tok, bias, m, l, acc, to_log2,
+                    seed, keep_from, keep_scale, item * heads + head,
+                    D, DV, BLOCK_D, BLOCK_DV, False, DROPOUT, PRECISION,
+                )  # fmt: skip
+            else:
+                for chunk in range(chunks):
+                    m, l, acc = attend(
+                        q_tile, k_at, v_at, k_token, v_token, row_tok, tl.load(col_tok_at + chunk * CHUNK),
+                        tl.load(bias_at + chunk * CHUNK), m, l, acc, to_log2,
+                        seed, keep_from, keep_scale, item * heads + head,
+                        D, DV, BLOCK_D, BLOCK_DV, True, DROPOUT, PRECISION,
+                    )  # fmt: skip
+            row_at = i * tokens * heads + head  # out and lse are contiguous, heads after tokens
+            store_tile(out + row_at * DV, row_tok, heads * DV, acc / l[:, None], DV, BLOCK_DV)
+            store_row(lse + row_at, row_tok, heads, m * scale + tl.log2(l) * LN2)

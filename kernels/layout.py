@@ -1,0 +1,92 @@
+"""A plan as the kernels read it: dense index arrays on the device, cut into runs of tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinat_triton.plan import MASKED, PADDING, Plan
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Index arrays of a plan.
+
+    Attributes:
+        row_tokens: `[tiles, ROWS]`, tiles of a class in a row.
+        col_tokens: `[tiles, max_chunks * CHUNK]`.
+        rel: `[classes, ROWS, max_chunks * CHUNK]` bias indices, or MASKED.
+        runs: `[runs, 4]`: class, first tile, end, chunks. A program walks one run.
+        first_run: `[classes + 1]`: where each class's runs begin.
+    """
+
+    plan: Plan
+    max_chunks: int
+    row_tokens: Tensor
+    col_tokens: Tensor
+    rel: Tensor
+    runs: Tensor
+    first_run: Tensor
+
+    @property
+    def rows(self) -> int:
+        return self.row_tokens.shape[1]
+
+    @property
+    def pairs(self) -> int:
+        """(row, column) pairs of one tile class."""
+        return self.rel[0].numel()
+
+    @cached_property
+    def members(self) -> Tensor:
+        """`[offsets, longest]`: the pairs of all classes that each bias entry is added to, padded with -1."""
+        rel = self.rel.flatten().cpu().numpy()
+        order = np.argsort(rel, kind="stable")[np.count_nonzero(rel == MASKED) :]
+        counts = np.bincount(rel[order], minlength=self.plan.geometry.num_offsets)
+        members = np.full((len(counts), counts.max()), -1, dtype=np.int32)
+        column = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+        members[rel[order], column] = order
+        return torch.as_tensor(members, device=self.rel.device)
+
+
+@lru_cache(maxsize=256)
+def layout_of(plan: Plan, tiles_per_run: int, chunk_group: int, device: torch.device) -> Layout:
+    """Lays a plan out.
+
+    Args:
+        plan: With `block` and `chunk` as the kernel takes them.
+        tiles_per_run: Tiles that a program walks, at most.
+        chunk_group: The number of chunks is padded to a multiple of this.
+        device: Where to.
+    """
+    chunks = [c.col_tokens.shape[1] // plan.chunk for c in plan.classes]
+    max_chunks = -(-max(chunks) // chunk_group) * chunk_group
+    span = max_chunks * plan.chunk
+
+    def widen(array: np.ndarray, fill: int) -> np.ndarray:
+        return np.pad(array, ((0, 0), (0, span - array.shape[1])), constant_values=fill)
+
+    runs, first_run, first = [], [0], 0
+    for index, c in enumerate(plan.classes):
+        end = first + len(c.row_tokens)
+        starts = range(first, end, tiles_per_run)
+        runs += [(index, start, min(start + tiles_per_run, end), chunks[index]) for start in starts]
+        first_run.append(len(runs))
+        first = end
+
+    def place(arrays: list[np.ndarray] | list[tuple] | list[int]) -> Tensor:
+        return torch.as_tensor(np.asarray(arrays, dtype=np.int32), device=device)
+
+    return Layout(
+        plan=plan,
+        max_chunks=max_chunks,
+        row_tokens=place(np.concatenate([c.row_tokens for c in plan.classes])),
+        col_tokens=place(np.concatenate([widen(c.col_tokens, PADDING) for c in plan.classes])),
+        rel=place(np.stack([widen(c.rel, MASKED) for c in plan.classes])),
+        runs=place(runs),
+        first_run=place(first_run),
+    )

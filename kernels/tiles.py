@@ -1,0 +1,84 @@
+"""What the kernels share: loading and storing tiles of tokens, the bias of a pair, dropout.
+
+Names in all kernels: a row is a token that a tile computes for, a column one that it reads; `_tok` values are token
+indices, -1 in empty slots; `_at` values are pointers. Tile values say their shape, `[R, C]` or `[R, D]`.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_tile(at, tok, stride, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """Channels of some tokens of one head, `[tokens, BLOCK]`; zeros in empty slots and past the last channel."""
+    channel = tl.arange(0, BLOCK)
+    channel_at = at + tok.to(tl.int64)[:, None] * stride + channel[None, :]
+    if CHANNELS == BLOCK:
+        return tl.load(channel_at, mask=tok[:, None] >= 0, other=0.0)
+    return tl.load(channel_at, mask=(tok[:, None] >= 0) & (channel[None, :] < CHANNELS), other=0.0)
+
+
+@triton.jit
+def store_tile(at, tok, stride, tile, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes the channels of some tokens of one head."""
+    channel = tl.arange(0, BLOCK)
+    channel_at = at + tok.to(tl.int64)[:, None] * stride + channel[None, :]
+    mask = (tok[:, None] >= 0) & (channel[None, :] < CHANNELS)
+    tl.store(channel_at, tile.to(at.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_row(at, tok, stride):
+    """One number per token of one head; zero in empty slots."""
+    return tl.load(at + tok.to(tl.int64) * stride, mask=tok >= 0, other=0.0)
+
+
+@triton.jit
+def store_row(at, tok, stride, values):
+    """Writes one number per token of one head."""
+    tl.store(at + tok.to(tl.int64) * stride, values, mask=tok >= 0)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """A matrix product summed in float32, on top of `acc`."""
+    if PRECISION == "interpreted":  # the interpreter would multiply the bits of bfloat16 as integers
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc=acc, input_precision="ieee")
+    return tl.dot(a, b, acc=acc, input_precision=PRECISION)
+
+
+@triton.jit
+def pair_bias(rpb, head_at, rel, inv_scale, HAS_BIAS: tl.constexpr):
+    """What the logits' accumulator starts from: bias / scale, and -inf where a row does not see a column."""
+    if HAS_BIAS:
+        return tl.load(rpb + head_at + rel, mask=rel >= 0, other=float("-inf")).to(tl.float32) * inv_scale
+    return tl.where(rel >= 0, 0.0, float("-inf"))
+
+
+@triton.jit
+def read_run(runs, heads):
+    """A program's run of tiles of one class: (head, class, first tile, end, chunks)."""
+    run, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    at = runs + 4 * run
+    return head, tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+
+
+@triton.jit
+def drop(x, seed, keep_from, keep_scale, query_tok, key_tok, batch_head):
+    """Applies dropout to `x`, with the same draw per pair as `dinat_triton.dropout`."""
+    zero = tl.zeros_like(query_tok + key_tok)
+    bits, _, _, _ = tl.philox(tl.load(seed), zero + key_tok, zero + query_tok, zero + batch_head, zero)
+    return tl.where(bits.to(tl.uint32, bitcast=True) >= keep_from.to(tl.uint32), x * keep_scale, 0.0)
+
+
+@triton.jit(do_not_specialize=["offsets", "pairs"])
+def table_kernel(rpb, rel, table, inv_scale, offsets, pairs, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes the bias of every (row, column) pair of every tile class. Grid (blocks of pairs, heads)."""
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    head = tl.program_id(1)
+    rel_tile = tl.load(rel + pair, mask=pair < pairs, other=-1)
+    bias = pair_bias(rpb, head * offsets, rel_tile, inv_scale, HAS_BIAS)
+    tl.store(table + head.to(tl.int64) * pairs + pair, bias, mask=pair < pairs)
