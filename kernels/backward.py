@@ -3,6 +3,8 @@
 With P the probabilities, dP = dO . v, delta = rowsum(P * dP) and dL the gradient of the log-sum-exp:
     dS = P * (dP - delta + dL),  dq = scale * dS . k,  dk = scale * dS^T . q,  dv = P^T . dO,  dbias = sum over pairs of dS
 
+Loops over batch items hoist nothing (disable_licm): the addresses they would keep cost registers that spill.
+
 Closed tiles, whose columns no other tile reads, take one pass with five products. Others take two: tiles of queries for
 dq and the bias, then tiles of keys, on the transposed plan, for dk and dv.
 """
@@ -50,7 +52,7 @@ def closed_backward_kernel(
     for tile in range(first, end):
         row_tok = tl.load(row_tokens + tile * ROWS + row)
         col_tok = tl.load(col_tokens + tile * CHUNK + col)
-        for item in range(first_item, end_item):
+        for item in tl.range(first_item, end_item, disable_licm=True):
             i = tl.cast(item, tl.int64)
             row_at = i * tokens * heads + head
             q_tile = load_tile(q + i * q_batch + head * q_head, row_tok, q_token, D, BLOCK_D)  # [R, D]
@@ -67,6 +69,7 @@ def closed_backward_kernel(
                 dropped = drop(p, seed, keep_from, keep_scale, draw_row, draw_col, draw_head)
                 dp = drop(dp, seed, keep_from, keep_scale, draw_row, draw_col, draw_head)
             dv_tile = dot(tl.trans(dropped.to(do_tile.dtype)), do_tile, None, PRECISION)  # [C, DV]
+            store_tile(grad_v + i * dv_batch + head * dv_head, col_tok, dv_token, dv_tile, DV, BLOCK_DV)
             delta = tl.sum(p * dp, 1)
             if HAS_GRAD_LSE:
                 delta -= load_row(grad_lse + row_at, row_tok, heads)
@@ -75,11 +78,9 @@ def closed_backward_kernel(
                 grad_bias += ds
             ds = ds.to(q_tile.dtype)
             dq_tile = dot(ds, k_tile, None, PRECISION) * scale  # [R, D]
-            dk_tile = dot(tl.trans(ds), q_tile, None, PRECISION) * scale  # [C, D]
-
             store_tile(grad_q + i * dq_batch + head * dq_head, row_tok, dq_token, dq_tile, D, BLOCK_D)
+            dk_tile = dot(tl.trans(ds), q_tile, None, PRECISION) * scale  # [C, D]
             store_tile(grad_k + i * dk_batch + head * dk_head, col_tok, dk_token, dk_tile, D, BLOCK_D)
-            store_tile(grad_v + i * dv_batch + head * dv_head, col_tok, dv_token, dv_tile, DV, BLOCK_DV)
 
     if HAS_BIAS:
         program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
@@ -93,8 +94,8 @@ def grad_logits(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dS of one chunk of columns, and the keys that it multiplies."""
-    k_tile = load_tile(k_at, col_tok, k_token, D, BLOCK_D)  # [C, D]
+    """dS of one chunk of columns, `[R, C]`, and the keys that it multiplies, `[C, D]`."""
+    k_tile = load_tile(k_at, col_tok, k_token, D, BLOCK_D)
     v_tile = load_tile(v_at, col_tok, v_token, DV, BLOCK_DV)  # [C, DV]
     s = dot(q_tile, tl.trans(k_tile), bias, PRECISION)  # [R, C]
     p = tl.exp2(s * to_log2 - (row_lse * LOG2E)[:, None])
@@ -106,37 +107,38 @@ def grad_logits(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def query_backward_kernel(
-    q, k, v, out, lse, grad_out, grad_lse, delta_rows, grad_q, grad_pairs, table, seed,
-    row_tokens, col_tokens, runs,
+    q, k, v, out, lse, grad_out, grad_lse, delta_rows, grad_q, grad_pairs, bias_source, seed,
+    row_tokens, col_tokens, runs, rel,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     dq_batch, dq_token, dq_head, do_batch, do_token, do_head,
     batch, batch_step, tokens, heads, group, bias_head, max_chunks, scale, keep_from, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
-    CHUNK: tl.constexpr, BIAS_CHUNKS: tl.constexpr, GRAD_QUERY: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, ALL_CHUNKS: tl.constexpr, GRAD_QUERY: tl.constexpr, GRAD_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_GRAD_LSE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of queries: dq and delta, and the bias gradient of BIAS_CHUNKS chunks, kept in registers.
+    """Tiles of queries: dq and delta, and the bias gradient of one chunk, which stays in registers.
 
-    Grid (runs * heads, batch splits, groups of BIAS_CHUNKS chunks). Where one group holds the whole span, one launch does
-    all; else dq comes from a launch without bias, and the bias from one without dq.
+    Grid (runs * heads, batch splits, chunks or 1). One launch does all where one chunk holds all columns. Else dq comes
+    from a launch over ALL_CHUNKS that reads the bias from its table, and the bias gradient from one program per chunk.
     """
     head, tile_class, first, end, chunks = read_run(runs, heads)
     first_item = tl.program_id(1) * batch_step
     end_item = tl.minimum(first_item + batch_step, batch)
-    row, col = tl.arange(0, ROWS), tl.arange(0, CHUNK)
+    row, col = tl.arange(0, ROWS), tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
     span = max_chunks * CHUNK
-    first_col = tl.program_id(2) * BIAS_CHUNKS * CHUNK
-    pair = row[:, None] * span + first_col + col[None, :]
-    bias_at = table + head.to(tl.int64) * bias_head + tile_class * ROWS * span + pair
+    pair = row[:, None] * span + col[None, :]
+    class_pair = tile_class * ROWS * span + pair
+    if ALL_CHUNKS:
+        bias_at = bias_source + head.to(tl.int64) * bias_head + class_pair
+    else:
+        bias = pair_bias(bias_source, head * bias_head, tl.load(rel + class_pair), 1 / scale, HAS_BIAS)  # [R, C]
     to_log2 = scale * LOG2E
-    grad_bias = ()
-    for _ in tl.static_range(BIAS_CHUNKS):
-        grad_bias = grad_bias + (tl.zeros((ROWS, CHUNK), tl.float32),)
+    grad_bias = tl.zeros((ROWS, CHUNK), tl.float32)
 
     for tile in range(first, end):
         row_tok = tl.load(row_tokens + tile * ROWS + row)
-        col_tok_at = col_tokens + tl.cast(tile, tl.int64) * span + first_col + col
-        for item in range(first_item, end_item):
+        col_tok_at = col_tokens + tl.cast(tile, tl.int64) * span + col
+        for item in tl.range(first_item, end_item, disable_licm=True):
             i = tl.cast(item, tl.int64)
             row_at = i * tokens * heads + head
             q_tile = load_tile(q + i * q_batch + head * q_head, row_tok, q_token, D, BLOCK_D)  # [R, D]
@@ -150,35 +152,27 @@ def query_backward_kernel(
                 if HAS_GRAD_LSE:
                     delta -= load_row(grad_lse + row_at, row_tok, heads)
                 store_row(delta_rows + row_at, row_tok, heads, delta)
-                dq_tile = tl.zeros((ROWS, BLOCK_D), tl.float32)
             else:
                 delta = load_row(delta_rows + row_at, row_tok, heads)
-            if BIAS_CHUNKS > 0:
-                for c in tl.static_range(BIAS_CHUNKS):
-                    ds, k_tile = grad_logits(
-                        q_tile, do_tile, k_at, v_at, k_token, v_token, row_tok, tl.load(col_tok_at + c * CHUNK),
-                        tl.load(bias_at + c * CHUNK), row_lse, delta, to_log2,
-                        seed, keep_from, keep_scale, item * heads + head,
-                        D, DV, BLOCK_D, BLOCK_DV, DROPOUT, PRECISION,
-                    )  # fmt: skip
-                    grad_bias = grad_bias[:c] + (grad_bias[c] + ds,) + grad_bias[c + 1 :]
-                    if GRAD_QUERY:
-                        dq_tile = dot(ds.to(k_tile.dtype), k_tile, dq_tile, PRECISION)
-            else:
-                for chunk in range(chunks):
-                    ds, k_tile = grad_logits(
-                        q_tile, do_tile, k_at, v_at, k_token, v_token, row_tok, tl.load(col_tok_at + chunk * CHUNK),
-                        tl.load(bias_at + chunk * CHUNK), row_lse, delta, to_log2,
-                        seed, keep_from, keep_scale, item * heads + head,
-                        D, DV, BLOCK_D, BLOCK_DV, DROPOUT, PRECISION,
-                    )  # fmt: skip
+            dq_tile = tl.zeros((ROWS, BLOCK_D), tl.float32)
+            for chunk in range(chunks if ALL_CHUNKS else 1):
+                if ALL_CHUNKS:
+                    bias = tl.load(bias_at + chunk * CHUNK)
+                ds, k_tile = grad_logits(
+                    q_tile, do_tile, k_at, v_at, k_token, v_token, row_tok, tl.load(col_tok_at + chunk * CHUNK),
+                    bias, row_lse, delta, to_log2, seed, keep_from, keep_scale, item * heads + head,
+                    D, DV, BLOCK_D, BLOCK_DV, DROPOUT, PRECISION,
+                )  # fmt: skip
+                if GRAD_BIAS:
+                    grad_bias += ds
+                if GRAD_QUERY:
                     dq_tile = dot(ds.to(k_tile.dtype), k_tile, dq_tile, PRECISION)
             if GRAD_QUERY:
                 store_tile(grad_q + i * dq_batch + head * dq_head, row_tok, dq_token, dq_tile * scale, D, BLOCK_D)
 
-    program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    for c in tl.static_range(BIAS_CHUNKS):
-        tl.store(grad_pairs + program * ROWS * span + pair + c * CHUNK, grad_bias[c])
+    if GRAD_BIAS:
+        program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+        tl.store(grad_pairs + program * ROWS * span + pair, grad_bias)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -207,7 +201,7 @@ def key_backward_kernel(
     for tile in range(first, end):
         row_tok = tl.load(row_tokens + tile * ROWS + row)
         col_tok_at = col_tokens + tl.cast(tile, tl.int64) * span + col
-        for item in range(first_item, end_item):
+        for item in tl.range(first_item, end_item, disable_licm=True):
             i = tl.cast(item, tl.int64)
             k_tile = load_tile(k + i * k_batch + kv_head * k_head, row_tok, k_token, D, BLOCK_D)  # [R, D]
             v_tile = load_tile(v + i * v_batch + kv_head * v_head, row_tok, v_token, DV, BLOCK_DV)  # [R, DV]

@@ -68,7 +68,7 @@ def forward_kernel(
         col_tok_at = col_tokens + tl.cast(tile, tl.int64) * span + col
         if ONE_CHUNK:
             col_tok = tl.load(col_tok_at)
-        for item in range(first_item, end_item):
+        for item in tl.range(first_item, end_item, disable_licm=True):
             i = tl.cast(item, tl.int64)
             q_tile = load_tile(q + i * q_batch + head * q_head, row_tok, q_token, D, BLOCK_D)  # [R, D]
             k_at = k + i * k_batch + head // group * k_head

@@ -51,7 +51,6 @@ class Schedule:
 
     layout: Layout
     batch_step: int
-    bias_chunks: int
     grid: tuple[int, ...]
     options: dict[str, Any]
 
@@ -72,8 +71,7 @@ def schedule(problem: Problem, name: str) -> Schedule:
     batch_step = min(items, problem.batch)
     # Powers of two, so that batches of any size share few layouts.
     tiles_per_run = 1 << max(0, (items // problem.batch).bit_length() - 1)
-    bias_chunks = _even_share(triton.cdiv(plan.largest[1], plan.chunk), config.bias_chunks)
-    layout = layout_of(plan, tiles_per_run, bias_chunks if name == "query_backward" else 1, problem.device)
+    layout = layout_of(plan, tiles_per_run, problem.device)
     options = {
         "D": problem.dim,
         "DV": problem.value_dim,
@@ -86,12 +84,7 @@ def schedule(problem: Problem, name: str) -> Schedule:
         "num_stages": config.stages,
     }
     grid = (len(layout.runs) * heads, triton.cdiv(problem.batch, batch_step))
-    return Schedule(layout, batch_step, bias_chunks, grid, options)
-
-
-def _even_share(total: int, most: int) -> int:
-    """The share of each of the fewest groups that `total` can be split into with at most `most` in each."""
-    return triton.cdiv(total, triton.cdiv(total, most))
+    return Schedule(layout, batch_step, grid, options)
 
 
 @lru_cache(maxsize=512)
@@ -170,15 +163,18 @@ def backward(
             return _fold(rpb, partials, plan)
 
         plan = schedule(problem, "query_backward")
-        table, bias_head = _table(rpb, plan.layout, problem, scale)
         delta = torch.empty_like(lse)
         partials = _partials(rpb, plan)
-        for bias_chunks, grad_query, groups in _query_launches(rpb, plan):
-            query_backward_kernel[(*plan.grid, groups)](
-                q, k, v, out, lse, grad_out, grad_lse, delta, grad_q, partials, table, seed, *_indices(plan.layout),
+        for grad_query, grad_bias in _query_launches(rpb, plan):
+            all_chunks = grad_query and not plan.one_chunk
+            bias, bias_head = _table(rpb, plan.layout, problem, scale) if all_chunks else (rpb, geometry.num_offsets)
+            query_backward_kernel[(*plan.grid, 1 if grad_query else plan.layout.max_chunks)](
+                q, k, v, out, lse, grad_out, grad_lse, delta, grad_q, partials, bias, seed,
+                *_indices(plan.layout), plan.layout.rel,
                 *_strides(q, k, v, grad_q, grad_out),
                 *_sizes(problem, plan), bias_head, plan.layout.max_chunks, scale, *keep,
-                BIAS_CHUNKS=bias_chunks, GRAD_QUERY=grad_query, **shared, **plan.options,
+                ALL_CHUNKS=all_chunks, GRAD_QUERY=grad_query, GRAD_BIAS=grad_bias, HAS_BIAS=rpb is not None,
+                **shared, **plan.options,
             )  # fmt: skip
         grad_rpb = _fold(rpb, partials, plan)
 
@@ -193,13 +189,11 @@ def backward(
     return grad_rpb
 
 
-def _query_launches(rpb: Tensor | None, plan: Schedule) -> list[tuple[int, bool, int]]:
-    """(bias chunks in registers, whether dq is computed, groups of chunks) of each launch of `query_backward_kernel`."""
-    if rpb is None:
-        return [(0, True, 1)]
-    bias_chunks = plan.bias_chunks
-    groups = plan.layout.max_chunks // bias_chunks
-    return [(bias_chunks, True, 1)] if groups == 1 else [(0, True, 1), (bias_chunks, False, groups)]
+def _query_launches(rpb: Tensor | None, plan: Schedule) -> list[tuple[bool, bool]]:
+    """Whether each launch of `query_backward_kernel` computes dq, and the bias gradient."""
+    if rpb is None or plan.one_chunk:
+        return [(True, rpb is not None)]
+    return [(True, False), (False, True)]
 
 
 def _partials(rpb: Tensor | None, plan: Schedule) -> Tensor | None:

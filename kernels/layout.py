@@ -54,17 +54,16 @@ class Layout:
 
 
 @lru_cache(maxsize=256)
-def layout_of(plan: Plan, tiles_per_run: int, chunk_group: int, device: torch.device) -> Layout:
+def layout_of(plan: Plan, tiles_per_run: int, device: torch.device) -> Layout:
     """Lays a plan out.
 
     Args:
         plan: With `block` and `chunk` as the kernel takes them.
         tiles_per_run: Tiles that a program walks, at most.
-        chunk_group: The number of chunks is padded to a multiple of this.
         device: Where to.
     """
     chunks = [c.col_tokens.shape[1] // plan.chunk for c in plan.classes]
-    max_chunks = -(-max(chunks) // chunk_group) * chunk_group
+    max_chunks = max(chunks)
     span = max_chunks * plan.chunk
 
     def widen(array: np.ndarray, fill: int) -> np.ndarray:

@@ -15,31 +15,32 @@ LN2 = tl.constexpr(0.6931471805599453)
 def load_tile(at, tok, stride, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
     """Channels of some tokens of one head, `[tokens, BLOCK]`; zeros in empty slots and past the last channel."""
     channel = tl.arange(0, BLOCK)
-    channel_at = at + tok.to(tl.int64)[:, None] * stride + channel[None, :]
-    if CHANNELS == BLOCK:
-        return tl.load(channel_at, mask=tok[:, None] >= 0, other=0.0)
-    return tl.load(channel_at, mask=(tok[:, None] >= 0) & (channel[None, :] < CHANNELS), other=0.0)
+    mask = tok[:, None] >= 0
+    if CHANNELS != BLOCK:
+        mask &= channel[None, :] < CHANNELS
+    return tl.load(at + tok[:, None] * stride + channel[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def store_tile(at, tok, stride, tile, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
     """Writes the channels of some tokens of one head."""
     channel = tl.arange(0, BLOCK)
-    channel_at = at + tok.to(tl.int64)[:, None] * stride + channel[None, :]
-    mask = (tok[:, None] >= 0) & (channel[None, :] < CHANNELS)
-    tl.store(channel_at, tile.to(at.dtype.element_ty), mask=mask)
+    mask = tok[:, None] >= 0
+    if CHANNELS != BLOCK:
+        mask &= channel[None, :] < CHANNELS
+    tl.store(at + tok[:, None] * stride + channel[None, :], tile.to(at.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def load_row(at, tok, stride):
     """One number per token of one head; zero in empty slots."""
-    return tl.load(at + tok.to(tl.int64) * stride, mask=tok >= 0, other=0.0)
+    return tl.load(at + tok * stride, mask=tok >= 0, other=0.0)
 
 
 @triton.jit
 def store_row(at, tok, stride, values):
     """Writes one number per token of one head."""
-    tl.store(at + tok.to(tl.int64) * stride, values, mask=tok >= 0)
+    tl.store(at + tok * stride, values, mask=tok >= 0)
 
 
 @triton.jit
@@ -69,8 +70,9 @@ def read_run(runs, heads):
 @triton.jit
 def drop(x, seed, keep_from, keep_scale, query_tok, key_tok, batch_head):
     """Applies dropout to `x`, with the same draw per pair as `dinat_triton.dropout`."""
-    zero = tl.zeros_like(query_tok + key_tok)
-    bits, _, _, _ = tl.philox(tl.load(seed), zero + key_tok, zero + query_tok, zero + batch_head, zero)
+    zero = tl.zeros_like((query_tok + key_tok).to(tl.int32))
+    key_word, query_word = zero + key_tok.to(tl.int32), zero + query_tok.to(tl.int32)
+    bits, _, _, _ = tl.philox(tl.load(seed), key_word, query_word, zero + batch_head, zero)
     return tl.where(bits.to(tl.uint32, bitcast=True) >= keep_from.to(tl.uint32), x * keep_scale, 0.0)
 
 

@@ -35,7 +35,6 @@ class Config:
         warps: Warps of a program.
         stages: Depth of the software pipeline.
         programs: Programs per multiprocessor to aim for; larger batches walk instead.
-        bias_chunks: In `query_backward`, chunks whose bias gradient is kept in registers at a time.
     """
 
     rows: int = 64
@@ -44,7 +43,6 @@ class Config:
     warps: int = 4
     stages: int = 2
     programs: int = 8
-    bias_chunks: int = 8
 
 
 @dataclass(frozen=True)
@@ -79,14 +77,9 @@ def rule(name: str, dim: int, bits: int) -> Config:
         bits: Width of the dtype.
     """
     wide = dim * bits > 64 * 16
-    return Config(
-        rows=32 if wide else 64,
-        chunk=32,
-        one_chunk=32 if wide else 64,
-        warps=4 if name != "query_backward" else 8,
-        stages=1 if wide else 2,
-        bias_chunks=4 if wide else 8,
-    )
+    if name == "query_backward":
+        return Config(rows=16, chunk=32 if wide else 128, one_chunk=64 if wide else 128, stages=1)
+    return Config(rows=16 if wide else 64, chunk=32, one_chunk=32 if wide else 64, stages=1)
 
 
 @lru_cache(maxsize=512)
