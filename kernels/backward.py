@@ -1,7 +1,7 @@
 """The fused backward: gradients of q, k, v and of the bias. No atomics, so equal runs give equal bits.
 
 With P the probabilities, dP = dO . v, delta = rowsum(P * dP) and dL the gradient of the log-sum-exp:
-    dS = P * (dP - delta + dL),  dq = scale * dS . k,  dk = scale * dS^T . q,  dv = P^T . dO,  dbias = sum over pairs of dS
+    dS = P * (dP - delta + dL),  dq = scale * dS . k,  dk = scale * dS^T . q,  dv = P^T . dO,  dbias = sum of dS
 
 Loops over batch items hoist nothing (disable_licm): the addresses they would keep cost registers that spill.
 
@@ -256,7 +256,7 @@ def sum_programs_kernel(
 
 @triton.jit(do_not_specialize=["all_pairs", "offsets", "longest"])
 def fold_bias_kernel(sums, members, grad_rpb, all_pairs, offsets, longest, BLOCK: tl.constexpr):
-    """Adds up the pairs of each bias entry, in a fixed order. Grid (offsets, heads); `members` is [offsets, longest]."""
+    """Adds up the pairs of each bias entry, in a fixed order. Grid (offsets, heads); members [offsets, longest]."""
     offset, head = tl.program_id(0), tl.program_id(1)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, longest, BLOCK):

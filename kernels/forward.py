@@ -11,7 +11,7 @@ LOWEST = tl.constexpr(-1e30)
 
 @triton.jit
 def attend(
-    q_tile, k_at, v_at, k_token, v_token, row_tok, col_tok, bias, m, l, acc, to_log2,
+    q_tile, k_at, v_at, k_token, v_token, row_tok, col_tok, bias, m, total, acc, to_log2,
     seed, keep_from, keep_scale, batch_head,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ONLINE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -25,16 +25,16 @@ def attend(
     if ONLINE:
         m_next = tl.maximum(m, m_next)
     p = tl.exp2(s * to_log2 - (m_next * to_log2)[:, None])
-    sums = tl.sum(p, 1)
+    total_next = tl.sum(p, 1)
     if DROPOUT:
         p = drop(p, seed, keep_from, keep_scale, row_tok[:, None], col_tok[None, :], batch_head)
     if ONLINE:
         shrink = tl.exp2((m - m_next) * to_log2)
-        sums += l * shrink
+        total_next += total * shrink
         acc = dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], PRECISION)  # [R, DV]
     else:
         acc = dot(p.to(v_tile.dtype), v_tile, None, PRECISION)
-    return m_next, sums, acc
+    return m_next, total_next, acc
 
 
 @triton.jit(do_not_specialize=["batch", "batch_step", "tokens", "heads", "group", "bias_head", "max_chunks"])
@@ -74,22 +74,22 @@ def forward_kernel(
             k_at = k + i * k_batch + head // group * k_head
             v_at = v + i * v_batch + head // group * v_head
             m = tl.full((ROWS,), LOWEST, tl.float32)
-            l = tl.zeros((ROWS,), tl.float32)
+            total = tl.zeros((ROWS,), tl.float32)
             acc = tl.zeros((ROWS, BLOCK_DV), tl.float32)
             if ONE_CHUNK:
-                m, l, acc = attend(
-                    q_tile, k_at, v_at, k_token, v_token, row_tok, col_tok, bias, m, l, acc, to_log2,
+                m, total, acc = attend(
+                    q_tile, k_at, v_at, k_token, v_token, row_tok, col_tok, bias, m, total, acc, to_log2,
                     seed, keep_from, keep_scale, item * heads + head,
                     D, DV, BLOCK_D, BLOCK_DV, False, DROPOUT, PRECISION,
                 )  # fmt: skip
             else:
                 for chunk in range(chunks):
-                    m, l, acc = attend(
+                    m, total, acc = attend(
                         q_tile, k_at, v_at, k_token, v_token, row_tok, tl.load(col_tok_at + chunk * CHUNK),
-                        tl.load(bias_at + chunk * CHUNK), m, l, acc, to_log2,
+                        tl.load(bias_at + chunk * CHUNK), m, total, acc, to_log2,
                         seed, keep_from, keep_scale, item * heads + head,
                         D, DV, BLOCK_D, BLOCK_DV, True, DROPOUT, PRECISION,
                     )  # fmt: skip
             row_at = i * tokens * heads + head  # out and lse are contiguous, heads after tokens
-            store_tile(out + row_at * DV, row_tok, heads * DV, acc / l[:, None], DV, BLOCK_DV)
-            store_row(lse + row_at, row_tok, heads, m * scale + tl.log2(l) * LN2)
+            store_tile(out + row_at * DV, row_tok, heads * DV, acc / total[:, None], DV, BLOCK_DV)
+            store_row(lse + row_at, row_tok, heads, m * scale + tl.log2(total) * LN2)

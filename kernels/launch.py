@@ -105,7 +105,7 @@ def forward(
     dropout_p: float,
     need_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Attends; tensors are `[batch, *shape, heads, dim]`. The backward needs the log-sum-exp, so it is always written."""
+    """Attends; tensors are `[batch, *shape, heads, dim]`. Always writes the log-sum-exp, for the backward."""
     q, k, v = (_tokens(x) for x in (query, key, value))
     problem = _problem(q, k, v, geometry)
     plan = schedule(problem, "forward")

@@ -1,4 +1,4 @@
-"""Which plan and which launch options a kernel gets: a shipped table per architecture over a rule that is safe anywhere.
+"""Which plan and which launch options a kernel gets: a shipped table per architecture, or a rule safe anywhere.
 
 A choice is made once per problem and cached; nothing is compiled or timed to make it.
 """
@@ -61,10 +61,8 @@ def architecture_of(device: torch.device) -> Architecture:
         return Architecture("cpu", 99 << 10, 1)
     properties = torch.cuda.get_device_properties(device)
     shared = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
-    if torch.version.hip:
-        name = properties.gcnArchName.split(":")[0]
-    else:
-        name = f"sm_{properties.major}{properties.minor}"
+    nvidia = f"sm_{properties.major}{properties.minor}"
+    name = properties.gcnArchName.split(":")[0] if torch.version.hip else nvidia
     return Architecture(name, shared, properties.multi_processor_count)
 
 
