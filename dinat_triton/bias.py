@@ -9,32 +9,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dinat_triton.geometry import Geometry
 from dinat_triton.plan import MASKED
 
 
-def table(rpb: Tensor | None, rel: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What to add to the logits.
+def pair_index(rel: Tensor, geometry: Geometry) -> Tensor:
+    """`rel` as flat indices into a bias that has one more entry, for the masked pairs."""
+    return rel.flatten().masked_fill(rel.flatten() == MASKED, geometry.num_offsets)
+
+
+def table(rpb: Tensor | None, index: Tensor, geometry: Geometry, dtype: torch.dtype) -> Tensor:
+    """What to add to the logits of some pairs.
 
     Args:
         rpb: Bias `[heads, *bias_shape]`, or None.
-        rel: Bias indices, any shape.
+        index: The pairs' bias indices, from `pair_index`.
+        geometry: Of the bias.
         dtype: Of the result.
 
     Returns:
-        `[heads, *rel.shape]`, or `[1, *rel.shape]` without a bias.
+        `[heads, pairs]`, or `[1, pairs]` without a bias.
     """
-    if rpb is None:
-        mask = torch.zeros(rel.shape, dtype=dtype, device=rel.device)
-        return mask.masked_fill_(rel == MASKED, -torch.inf).unsqueeze(0)
-    # MASKED is -1, so one more column at the end of the bias is what masked pairs pick.
-    values = torch.nn.functional.pad(rpb.flatten(1).to(dtype), (0, 1), value=-torch.inf)
-    index = rel.flatten().remainder(values.shape[1])
-    return values.gather(1, index.expand(len(values), -1)).unflatten(1, rel.shape)
+    bias = torch.zeros(1, geometry.num_offsets, device=index.device) if rpb is None else rpb.flatten(1)
+    values = torch.nn.functional.pad(bias.to(dtype), (0, 1), value=-torch.inf)
+    return values.gather(1, index.expand(len(values), -1))
 
 
-def table_grad(grad: Tensor, rel: Tensor, bias_shape: tuple[int, ...]) -> Tensor:
-    """Gradient of `rpb` from that of its table: every entry adds to the bias it came from."""
-    num_offsets = torch.Size(bias_shape).numel()
-    sums = grad.new_zeros(len(grad), num_offsets + 1)
-    sums.index_add_(1, rel.flatten().remainder(num_offsets + 1), grad.flatten(1))
-    return sums[:, :num_offsets].contiguous().unflatten(1, bias_shape)
+def table_grad(grad: Tensor, index: Tensor, geometry: Geometry) -> Tensor:
+    """Gradient of `rpb` from that of its table `[heads, pairs]`: every entry adds to the bias it came from."""
+    sums = grad.new_zeros(len(grad), geometry.num_offsets + 1)
+    sums.index_add_(1, index, grad)
+    return sums[:, :-1].contiguous().view(-1, *geometry.bias_shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,11 @@ def check_rpb(rpb: Tensor, query: Tensor, geometry: Geometry) -> None:
         raise TypeError(f"rpb must be a floating tensor, got {rpb.dtype}")
     if rpb.device != query.device:
         raise ValueError(f"rpb must be on the device of query, {query.device}, got {rpb.device}")
+
+
+def check_scale(scale: float | None) -> None:
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale}")
 
 
 def check_dropout(dropout_p: float) -> None:

@@ -40,14 +40,14 @@ class use_backend:
 
 def current_backend() -> str | None:
     """What `use_backend` or the environment chose, or None."""
+    if _chosen is not None:
+        _check_name(_chosen, ENVIRONMENT)
     return _chosen
 
 
 def resolve(name: str | None, query: Tensor, key: Tensor, value: Tensor) -> str:
     """The backend for a call. One that was named or chosen either runs or says why it cannot."""
-    if name is None and _chosen is not None:
-        name = _chosen
-        _check_name(name, ENVIRONMENT)
+    name = current_backend() if name is None else name
     if name is None:
         return next(n for n in NAMES if why_not(n, query, key, value) is None)
     _check_name(name, "backend")

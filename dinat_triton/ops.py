@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dinat_triton import dropout, reference, tiled
-from dinat_triton.checks import check_dropout, check_rpb, check_tensors
+from dinat_triton.checks import check_dropout, check_rpb, check_scale, check_tensors
 from dinat_triton.dispatch import resolve
 from dinat_triton.geometry import Geometry, geometry_of
 
@@ -60,6 +60,7 @@ def na(
         qkv = [x if x.dtype == torch.float64 else x.to(low) for x in qkv]
     query, key, value = unpack(qkv)
     check_tensors(query, key, value)
+    check_scale(scale)
     check_dropout(dropout_p)
     geometry = _geometry(query, window)
     if rpb is not None:

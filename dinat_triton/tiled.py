@@ -41,19 +41,19 @@ def forward(
     q, k, v = problem.q, problem.k, problem.v
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     lse = q.new_empty((*q.shape[:-1], 1) if need_lse else 0, dtype=problem.dtype)
-    table = bias.table(rpb, problem.layout.rel, problem.dtype)
+    table = bias.table(rpb, problem.layout.index, geometry, problem.dtype)
     for group in problem.groups():
+        qt, kt, vt = problem.gather(q, group.rows), problem.gather(k, group.columns), problem.gather(v, group.columns)
         if need_lse or dropout_p > 0:
-            logits = problem.logits(group, table)
+            logits = problem.logits(qt, kt, group, table)
             if need_lse:
-                problem.scatter(logits.logsumexp(-1, keepdim=True), group.rows, lse)
-            p = problem.drop(logits.softmax(-1), group)
-            tile = p @ problem.gather(v, group.columns).to(p.dtype)
+                problem.put(logits.logsumexp(-1, keepdim=True), group, lse)
+            tile = problem.drop(logits.softmax(-1), group) @ vt.to(problem.dtype)
         else:
-            qt, kt, vt = (problem.gather(x, t) for x, t in ((q, group.rows), (k, group.columns), (v, group.columns)))
             tile = scaled_dot_product_attention(qt, kt, vt, attn_mask=problem.mask(group, table), scale=scale)
-        problem.scatter(tile, group.rows, out)
-    return out.unflatten(1, geometry.shape), lse.squeeze(-1).unflatten(1, geometry.shape) if need_lse else lse
+        problem.put(tile, group, out)
+    out = problem.in_order(out).unflatten(1, geometry.shape)
+    return out, problem.in_order(lse).squeeze(-1).unflatten(1, geometry.shape) if need_lse else lse
 
 
 def backward(
@@ -73,28 +73,28 @@ def backward(
 ) -> Tensor | None:
     """Writes the gradients of query, key and value into `grads` and returns that of `rpb`. Recomputes the softmax."""
     problem = Problem(query, key, value, seed, geometry, scale, dropout_p)
-    k, v = problem.k, problem.v
-    grad_q = grads[0].flatten(1, -3)
+    q, k, v, grad_out = problem.q, problem.k, problem.v, grad_out.flatten(1, -3).contiguous()
+    grad_q = torch.empty_like(q)
     grad_k, grad_v = (torch.zeros_like(x, dtype=problem.dtype) for x in (k, v))
-    table = bias.table(rpb, problem.layout.rel, problem.dtype)
+    table = bias.table(rpb, problem.layout.index, geometry, problem.dtype)
     grad_table = torch.zeros_like(table)
     for group in problem.groups():
-        qt, do = (problem.gather(x, group.rows).to(problem.dtype) for x in (problem.q, grad_out.flatten(1, -3)))
+        qt, do = (problem.gather(x, group.rows).to(problem.dtype) for x in (q, grad_out))
         kt, vt = (problem.gather(x, group.columns).to(problem.dtype) for x in (k, v))
-        p = problem.logits(group, table).softmax(-1)
-        problem.scatter_add(problem.drop(p, group).mT @ do, group.columns, grad_v)
+        p = problem.logits(qt, kt, group, table).softmax(-1)
+        problem.add(problem.drop(p, group).mT @ do, group, grad_v)
         dp = problem.drop(do @ vt.mT, group)
         ds = dp.sub_((p * dp).sum(-1, keepdim=True))
         if grad_lse is not None:
             ds += problem.gather(grad_lse.flatten(1, -2).unsqueeze(-1), group.rows)
         ds *= p
-        problem.scatter((ds @ kt).mul_(scale), group.rows, grad_q)
-        problem.scatter_add((ds.mT @ qt).mul_(scale), group.columns, grad_k)
+        problem.put((ds @ kt).mul_(scale), group, grad_q)
+        problem.add((ds.mT @ qt).mul_(scale), group, grad_k)
         if rpb is not None:
             grad_table[:, group.pairs] += ds.sum(0).flatten().view(len(rpb), -1)
-    for grad, total in zip(grads[1:], (grad_k, grad_v), strict=True):
+    for grad, total in zip(grads, (problem.in_order(grad_q), grad_k, grad_v), strict=True):
         grad.copy_(total.unflatten(1, geometry.shape))
-    return None if rpb is None else bias.table_grad(grad_table, problem.layout.rel, geometry.bias_shape).to(rpb.dtype)
+    return None if rpb is None else bias.table_grad(grad_table, problem.layout.index, geometry).to(rpb.dtype)
 
 
 class Problem:
@@ -114,7 +114,8 @@ class Problem:
         scale: float,
         dropout_p: float,
     ):
-        self.q, self.k, self.v = (x.flatten(1, -3) for x in (query, key, value))  # [batch, tokens, heads, dim]
+        # [batch, tokens, heads, dim]; torch would copy a strided tensor whole for every gather out of it
+        self.q, self.k, self.v = (x.flatten(1, -3).contiguous() for x in (query, key, value))
         self.scale, self.dropout_p, self.seed = scale, dropout_p, seed
         self.batch, _, self.heads, _ = self.q.shape
         self.kv_heads = self.k.shape[2]
@@ -127,34 +128,44 @@ class Problem:
 
     def gather(self, x: Tensor, tokens: Tensor) -> Tensor:
         """Tiles `[batch * tiles, key heads, group * cells, dim]` of `[batch, tokens, heads, dim]`."""
-        tiles = x.index_select(1, tokens.flatten())
-        folded = tiles.view(-1, tokens.shape[1], self.kv_heads, x.shape[2] // self.kv_heads, x.shape[3])
+        if not self.layout.is_whole:
+            x = x.index_select(1, tokens.flatten())
+        folded = x.view(-1, tokens.shape[1], self.kv_heads, x.shape[2] // self.kv_heads, x.shape[3])
         return folded.permute(0, 2, 3, 1, 4).flatten(2, 3)
 
-    def _unfold(self, tile: Tensor, tokens: Tensor) -> Tensor:
-        """The inverse of `gather`: `[batch, tiles * cells, heads, dim]`."""
-        folded = tile.unflatten(2, (-1, tokens.shape[1])).permute(0, 3, 1, 2, 4)
-        return folded.reshape(self.batch, tokens.numel(), -1, tile.shape[-1])
+    def _unfold(self, tile: Tensor, cells: int) -> Tensor:
+        """The inverse of `gather`'s folding: `[batch, tiles * cells, heads, dim]`."""
+        folded = tile.unflatten(2, (-1, cells)).permute(0, 3, 1, 2, 4)
+        return folded.reshape(self.batch, -1, folded.shape[2] * folded.shape[3], tile.shape[-1])
 
-    def scatter(self, tile: Tensor, tokens: Tensor, out: Tensor) -> None:
-        """Writes tiles to their tokens; every token is a row of exactly one tile."""
-        out.index_copy_(1, tokens.flatten(), self._unfold(tile, tokens).to(out.dtype))
+    def put(self, tile: Tensor, group: Group, out: Tensor) -> None:
+        """Writes row tiles to `out`, in the order of the plan."""
+        rows = group.rows.numel()
+        out[:, group.first : group.first + rows] = self._unfold(tile, group.rows.shape[1])
 
-    def scatter_add(self, tile: Tensor, tokens: Tensor, out: Tensor) -> None:
-        """Adds tiles to their tokens; a token can be a column of several tiles."""
-        out.index_add_(1, tokens.flatten(), self._unfold(tile, tokens))
+    def in_order(self, out: Tensor) -> Tensor:
+        """Rows in the order of the plan brought into that of the tokens."""
+        return out if self.layout.is_whole else out.index_select(1, self.layout.order)
+
+    def add(self, tile: Tensor, group: Group, out: Tensor) -> None:
+        """Adds column tiles to their tokens; a token can be a column of several tiles."""
+        columns = self._unfold(tile, group.columns.shape[1])
+        if self.layout.is_whole:
+            out += columns
+        else:
+            out.index_add_(1, group.columns.flatten(), columns)
 
     def mask(self, group: Group, table: Tensor) -> Tensor:
-        """The group's part of the table, `[key heads or 1, group * rows, columns]`."""
+        """The group's part of the table, `[1, key heads or 1, group * rows, columns]`: SDPA's fast path wants 4-D."""
         shared = self.heads // self.kv_heads
         part = table[:, group.pairs].unflatten(1, (group.rows.shape[1], group.columns.shape[1]))
         if len(part) == 1:
-            return part.repeat(1, shared, 1)
-        return part.unflatten(0, (self.kv_heads, shared)).flatten(1, 2)
+            return part.repeat(1, shared, 1).unsqueeze(0)
+        return part.unflatten(0, (self.kv_heads, shared)).flatten(1, 2).unsqueeze(0)
 
-    def logits(self, group: Group, table: Tensor) -> Tensor:
-        q, k = self.gather(self.q, group.rows).to(self.dtype), self.gather(self.k, group.columns).to(self.dtype)
-        return ((q @ k.mT).mul_(self.scale)).add_(self.mask(group, table))
+    def logits(self, q: Tensor, k: Tensor, group: Group, table: Tensor) -> Tensor:
+        """Logits of gathered tiles, in the wide dtype."""
+        return (q.to(self.dtype) @ k.to(self.dtype).mT).mul_(self.scale).add_(self.mask(group, table))
 
     def drop(self, x: Tensor, group: Group) -> Tensor:
         """Applies dropout to probabilities, or to their gradient."""
@@ -174,7 +185,8 @@ class Group:
 
     rows: Tensor  # [tiles, R] tokens
     columns: Tensor  # [tiles, S] tokens
-    pairs: slice  # the class's part of `Layout.rel`
+    first: int  # the place of its first row among the rows of all tiles
+    pairs: slice  # the class's part of `Layout.index`
 
 
 @dataclass(frozen=True)
@@ -182,25 +194,32 @@ class Layout:
     """A plan's index tensors on a device."""
 
     classes: tuple[Group, ...]
-    rel: Tensor  # [pairs] bias indices of all classes, one after the other
+    index: Tensor  # [pairs] bias indices of all classes, one after the other
+    order: Tensor  # [tokens] the place of each token among the rows of all tiles
+    is_whole: bool  # one tile holds all tokens in their order: nothing to gather
 
     def groups(self, scores_per_pair: int) -> Iterator[Group]:
         """Splits every class into groups whose scores stay within SCORES_AT_ONCE."""
         for c in self.classes:
-            step = max(1, SCORES_AT_ONCE // (scores_per_pair * c.rows.shape[1] * c.columns.shape[1]))
-            for rows, columns in zip(c.rows.split(step), c.columns.split(step), strict=True):
-                yield Group(rows, columns, c.pairs)
+            tiles, rows = c.rows.shape
+            step = max(1, SCORES_AT_ONCE // (scores_per_pair * rows * c.columns.shape[1]))
+            for tile in range(0, tiles, step):
+                part = slice(tile, tile + step)
+                yield Group(c.rows[part], c.columns[part], c.first + tile * rows, c.pairs)
 
 
 @lru_cache(maxsize=128)
 def layout_of(geometry: Geometry, tile: tuple[int, ...], device: torch.device) -> Layout:
-    classes, pairs, start = [], [], 0
-    for c in Plan(geometry, tile).classes:
+    classes, first_row, first_pair = [], 0, 0
+    plan = Plan(geometry, tile).classes
+    for c in plan:
         rows, columns = (torch.as_tensor(tokens, device=device) for tokens in (c.row_tokens, c.col_tokens))
-        classes.append(Group(rows, columns, slice(start, start + c.rel.size)))
-        pairs.append(torch.as_tensor(c.rel, device=device).flatten())
-        start += c.rel.size
-    return Layout(tuple(classes), torch.cat(pairs))
+        classes.append(Group(rows, columns, first_row, slice(first_pair, first_pair + c.rel.size)))
+        first_row, first_pair = first_row + rows.numel(), first_pair + c.rel.size
+    index = bias.pair_index(torch.cat([torch.as_tensor(c.rel, device=device).flatten() for c in plan]), geometry)
+    rows = torch.cat([c.rows.flatten() for c in classes])
+    is_whole = len(rows) == plan[0].row_tokens.shape[1] and bool((rows.diff() == 1).all())
+    return Layout(tuple(classes), index, rows.argsort(), is_whole)
 
 
 @lru_cache(maxsize=512)

@@ -1,0 +1,33 @@
+"""Fixtures that every test can use."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from dinat_triton import dispatch
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_backend_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that one test chose, or the environment, must not decide another."""
+    monkeypatch.setattr(dispatch, "_chosen", None)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fills every new uninitialised floating tensor with NaN, so that an output nobody wrote cannot pass for a result."""
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
+
+    def poison(x: torch.Tensor) -> torch.Tensor:
+        return x.fill_(torch.nan) if x.is_floating_point() and x.device.type != "meta" else x
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+    yield

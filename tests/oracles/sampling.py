@@ -1,0 +1,104 @@
+"""Seeded random geometries: small, odd, ragged, and always valid (`kernel * dilation <= size` on each axis)."""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The arguments that decide who attends to whom, one value per axis."""
+
+    shape: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+    dilation: tuple[int, ...]
+    stride: tuple[int, ...]
+    is_causal: tuple[bool, ...]
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether residue classes of some axis differ in length."""
+        return any(x % d for x, d in zip(self.shape, self.dilation, strict=True))
+
+    def kwargs(self) -> dict[str, Any]:
+        """What `na1d`, `na2d` and `na3d` take beside the tensors, in our names and in NATTEN's."""
+        return {
+            "kernel_size": self.kernel_size,
+            "dilation": self.dilation,
+            "stride": self.stride,
+            "is_causal": self.is_causal,
+        }
+
+
+def sample(
+    rng: random.Random,
+    rank: int,
+    *,
+    max_tokens: int = 256,
+    min_kernel: int = 1,
+    even_kernels: bool = True,
+    dilated: bool = True,
+    strided: bool = True,
+    causal: bool = True,
+) -> Sample:
+    """One geometry of at most `max_tokens` tokens."""
+    min_kernel = min_kernel if even_kernels else min_kernel | 1
+    if min_kernel**rank > max_tokens:
+        raise ValueError(f"{max_tokens=} leaves no room for {rank} axes of at least {min_kernel} tokens")
+    shape = _shape(rng, rank, max_tokens, min_kernel)
+    axes = [_axis(rng, x, min_kernel, even_kernels, dilated) for x in shape]
+    return Sample(
+        shape=shape,
+        kernel_size=tuple(k for k, _ in axes),
+        dilation=tuple(d for _, d in axes),
+        stride=tuple(_one_or_more(rng, k) if strided else 1 for k, _ in axes),
+        is_causal=tuple(causal and rng.random() < 0.4 for _ in shape),
+    )
+
+
+def samples(
+    count: int, *, seed: int, ranks: Sequence[int] = (1, 2, 3), max_tokens: int = 256, **flags: Any
+) -> list[Sample]:
+    """`count` distinct geometries, the ranks taking turns; the flags are those of `sample`."""
+    rng = random.Random(seed)
+    found: dict[Sample, None] = {}
+    for attempt in range(100 * count):
+        if len(found) == count:
+            return list(found)
+        found[sample(rng, ranks[attempt % len(ranks)], max_tokens=max_tokens, **flags)] = None
+    raise ValueError(f"{max_tokens=} and {flags} leave fewer than {count} distinct geometries")
+
+
+def _shape(rng: random.Random, rank: int, max_tokens: int, smallest: int) -> tuple[int, ...]:
+    """Uneven axes: each takes up to twice its fair share of what the others leave it."""
+    sizes: list[int] = []
+    for axis in range(rank):
+        others = rank - axis - 1
+        room = max_tokens // (math.prod(sizes) * smallest**others)
+        share = math.floor(2 * (max_tokens / math.prod(sizes)) ** (1 / (others + 1)))
+        sizes.append(rng.randint(smallest, max(smallest, min(room, share))))
+    rng.shuffle(sizes)
+    return tuple(sizes)
+
+
+def _axis(rng: random.Random, size: int, smallest: int, even: bool, dilated: bool) -> tuple[int, int]:
+    """Kernel and dilation; whichever is drawn first gets the room, and the largest that fits is drawn often."""
+    dilation = _one_or_more(rng, size // smallest) if dilated and rng.random() < 0.6 else 1
+    choices = range(smallest, size // dilation + 1, 1 if even else 2)
+    kernel = choices[-1] if rng.random() < 0.15 else rng.choice(choices)
+    return kernel, dilation if dilation > 1 or not dilated else _one_or_more(rng, size // kernel)
+
+
+def _one_or_more(rng: random.Random, largest: int) -> int:
+    """1 or the largest one time in four each, otherwise anything between."""
+    return rng.choice([1, largest, rng.randint(1, largest), rng.randint(1, largest)])
