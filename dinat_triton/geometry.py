@@ -124,10 +124,10 @@ class Geometry:
             if s > k:
                 raise ValueError(f"stride must not exceed kernel_size {k}, got {s} on axis {axis}")
             if k * d > n:
+                smaller = f"a dilation of at most {n // k}" if k <= n else f"a kernel_size of at most {n}"
                 raise ValueError(
                     f"kernel_size * dilation must fit the map: {k} * {d} = {k * d} exceeds length {n} of axis {axis}; "
-                    f"pad the input to at least {k * d} (the NeighborhoodAttention modules do), "
-                    f"or use a dilation of at most {n // k}"
+                    f"pad the input to at least {k * d} (the NeighborhoodAttention modules do), or use {smaller}"
                 )
 
     @cached_property

@@ -4,7 +4,7 @@ Every function draws on the axes it is given, or on a figure of its own, and ret
 pyplot, so nothing has to be closed. What is drawn comes from `Geometry`, `Plan` and `receptive_field`.
 
 Orange is always a query and blue a key: told apart by every kind of colour vision, and by their brightness. Maps of
-numbers use cividis, whose brightness grows with the number.
+numbers use cividis, the darker the larger.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import BoundaryNorm, ListedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
@@ -31,7 +32,8 @@ from dinat_triton.receptive_field import Field, Layer, field, growth
 
 PAPER, INK, CELL = "#ffffff", "#222222", "#e9e9e9"
 KEY, QUERY = "#0072b2", "#e69f00"
-HEAT = "cividis"
+# From light to dark, and never as light as a cell that shows nothing.
+HEAT = ListedColormap(matplotlib.colormaps["cividis"](np.linspace(0.82, 0, 256)), name="dark cividis")
 OTHER, SEEN, SELF = 0, 1, 2  # what a cell of a neighborhood shows
 LINES: tuple[dict[str, Any], ...] = (
     {"color": KEY, "marker": "o"},
@@ -124,7 +126,8 @@ def plot_neighborhoods(
     shape = _mosaic_shape(panels[0][1].shape)
     rows = ceil(len(panels) / columns)
     width = 8.6 / columns
-    figure = Figure(figsize=(8.6, rows * (width * shape[0] / shape[1] + 0.3)), layout="constrained")
+    layout = ConstrainedLayoutEngine(wspace=0.05)
+    figure = Figure(figsize=(8.6, rows * (width * shape[0] / shape[1] + 0.3)), layout=layout)
     grid = figure.subplots(rows, columns, squeeze=False)
     for ax, panel in zip_longest(grid.flat, panels):
         if panel is None:
@@ -154,7 +157,7 @@ def plot_dilations(shape: Position, kernel_size: int = 3, dilations: Sequence[in
 
 @styled
 def plot_pairs(geometry: Geometry, ax: Axes | None = None) -> Figure:
-    """Every (query, key) pair of a small map as a matrix, the brightness telling its place in the bias table."""
+    """Every (query, key) pair of a small map as a matrix, the shade telling its place in the bias table."""
     if geometry.num_tokens > 512:
         raise ValueError(f"pairs are drawn for maps of up to 512 tokens, got {geometry.num_tokens}")
     tokens, offsets = geometry.neighbors()
@@ -175,7 +178,7 @@ def plot_field(reached: Field, ax: Axes | None = None, *, heat: bool = False, ti
     """The inputs that reach a token, or with `heat` the share that each contributes if every layer averages."""
     ax = ax or _canvas(reached.mask.shape)
     if heat:
-        colours = matplotlib.colormaps[HEAT].with_extremes(under=CELL)
+        colours = HEAT.with_extremes(under=CELL)
         _draw_cells(ax, np.where(reached.mask, reached.heat, -1), colours, Normalize(0, float(reached.heat.max())))
     else:
         _draw_states(ax, reached.mask.astype(int), KEY, QUERY)
@@ -289,7 +292,7 @@ def plot_classes(plan: Plan, ax: Axes | None = None) -> Figure:
     for number in range(count):
         cells = np.argwhere(mosaic == number)
         nearest = abs(cells - cells.mean(0)).sum(1).argmin()
-        shade = INK if number > count / 2 else PAPER
+        shade = PAPER if number >= count / 3 else INK
         for y, x in cells if mosaic.size <= 200 else cells[[nearest]]:
             ax.text(x + 0.5, y + 0.5, f"{number}", ha="center", va="center", fontsize=6, color=shade)
     tiles = sum(len(c.row_tokens) for c in plan.classes)
@@ -416,7 +419,7 @@ def plot_attention(
         for ax, (title, weights) in zip(row, panels.items(), strict=True):
             _draw_overlay(ax, grey, weights, queries[name])
             _title(ax, title)
-        row[0].set_ylabel(name, fontsize=8)
+        row[0].set_ylabel(name.replace(": ", "\n"), fontsize=8)
     return figure
 
 
@@ -431,10 +434,11 @@ def _grey(image: ArrayLike) -> NDArray[np.float64]:
 def _draw_overlay(ax: Axes, grey: NDArray, weights: NDArray, query: Position) -> None:
     """Attention over a picture that fades where nothing is attended to."""
     height, width = weights.shape
-    ax.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0), alpha=0.75, interpolation="none")
+    ax.set_facecolor(INK)
+    ax.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0), alpha=0.6, interpolation="none")
     seen = np.ma.masked_equal(weights, 0)
     edges = np.arange(width + 1), np.arange(height + 1)
-    ax.pcolormesh(*edges, seen, cmap="inferno", norm=Normalize(0, weights.max()), alpha=0.75, rasterized=True)
+    ax.pcolormesh(*edges, seen, cmap="inferno", norm=Normalize(0, weights.max()), alpha=0.85, rasterized=True)
     ax.add_patch(matplotlib.patches.Rectangle((query[1], query[0]), 1, 1, fill=False, edgecolor="white", linewidth=2.2))
     ax.add_patch(matplotlib.patches.Rectangle((query[1], query[0]), 1, 1, fill=False, edgecolor=INK, linewidth=1.0))
     _bare(ax)
@@ -553,4 +557,5 @@ def _mark(ax: Axes, shape: Sequence[int], position: Position, colour: str = INK)
     y = depth[-1]
     offset = depth[0] * (shape[2] + 1) if len(shape) == 3 else 0
     size = min(14.0, 2500 / prod(_mosaic_shape(shape)) + 1)
-    ax.scatter([x + offset + 0.5], [y + 0.5], s=size, color=colour, linewidths=0, zorder=3)
+    rim = INK if colour == PAPER else PAPER
+    ax.scatter([x + offset + 0.5], [y + 0.5], s=size, color=colour, edgecolors=rim, linewidths=size / 28, zorder=3)

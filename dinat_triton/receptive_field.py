@@ -120,7 +120,7 @@ def field(layers: Sequence[Layer], token: Sequence[int] | None = None) -> Field:
         raise ValueError(f"token must lie on the map {shape} that leaves the last layer, got {token}")
     weights = [np.eye(n)[t] for n, t in zip(shape, token, strict=True)]
     for layer in reversed(layers):
-        weights = [w @ (link / link.sum(1, keepdims=True)) for w, link in zip(weights, layer.links, strict=True)]
+        weights = [w / link.sum(1) @ link for w, link in zip(weights, layer.links, strict=True)]
     return Field(tuple(weights))
 
 

@@ -89,6 +89,7 @@ def test_scalars_broadcast_and_equal_geometries_are_one() -> None:
         ({"stride": (0,)}, ValueError, r"stride must be at least 1, got \(0,\)"),
         ({"stride": (4,)}, ValueError, r"stride must not exceed kernel_size 3, got 4 on axis 0"),
         ({"is_causal": (1,)}, TypeError, r"is_causal must be a boolean or 2 booleans, got \(1,\)"),
+        ({"kernel_size": (10,)}, ValueError, r"10 \* 1 = 10 exceeds length 8 of axis 0.* a kernel_size of at most 8"),
         ({"dilation": (3,)}, ValueError, r"3 \* 3 = 9 exceeds length 8 of axis 0.*pad.*at least 9.*at most 2"),
     ],
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 from dinat_triton.geometry import Geometry
 from dinat_triton.plan import Plan
 
-MAX_TOKENS = 1 << 16
+MAX_TOKENS, MAX_PAIRS = 1 << 16, 1 << 22
 PER_AXIS = "one for all axes, or one per axis"
 
 
@@ -123,6 +123,10 @@ def _draw_plan(args: argparse.Namespace):
     geometry = _geometry(args)
     plan = Plan(geometry, tuple(args.tile), transposed=args.transposed)
     cost = plan.cost()
+    if cost.table_entries > MAX_PAIRS:
+        raise ValueError(
+            f"--tile {plan.tile} has {cost.table_entries} pairs over all classes, up to {MAX_PAIRS} are drawn"
+        )
     position = _position(args, geometry)
     figure = plots.plot_cost(geometry) if args.cost else plots.plot_plan(plan, position)
     lines = [
@@ -178,7 +182,6 @@ def _load_model(args: argparse.Namespace):
     from timm.data.transforms_factory import create_transform
     from torchvision.transforms.functional import to_pil_image
 
-    import dinat_triton.models  # noqa: F401  (registers NAT and DiNAT)
     from dinat_triton.attention_maps import sample_image
 
     torch.manual_seed(0)

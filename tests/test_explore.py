@@ -1,0 +1,296 @@
+"""The page of `dinat-triton explore`: its answers against Geometry and Plan, bad questions, and a browser on it."""
+
+import json
+import os
+import random
+import shutil
+import socket
+import string
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import numpy as np
+import pytest
+
+from dinat_triton import Geometry, Plan
+from dinat_triton.explore.server import Server
+
+GEOMETRY = Geometry((9, 12), (3,), (2, 3), (2, 1), (False, True))
+FIELDS = {"shape": "9,12", "kernel": "3", "dilation": "2,3", "stride": "2,1", "causal": "0,1"}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def get(server: Server, path: str, host: str | None = None) -> tuple[int, Any]:
+    request = urllib.request.Request(server.url + path.lstrip("/"), headers={"Host": host} if host else {})
+    try:
+        with urllib.request.urlopen(request, timeout=20) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def ask(server: Server, question: str, **fields: object) -> tuple[int, Any]:
+    return get(server, f"api/{question}?{urlencode(FIELDS | fields)}")
+
+
+def test_neighbors_are_those_of_the_geometry(server: Server) -> None:
+    keys, _ = GEOMETRY.neighbors()
+    for token in range(0, GEOMETRY.num_tokens, 7):
+        status, answer = ask(server, "neighbors", token=token)
+        assert status == 200
+        assert answer["keys"] == [key for key in keys[token].tolist() if key >= 0]
+        assert answer["queries"] == np.flatnonzero((keys == token).any(1)).tolist()
+        assert answer["position"] == [token // 12, token % 12]
+
+
+def test_plan_answers_are_those_of_the_plan(server: Server) -> None:
+    plan = Plan(GEOMETRY, (2, 3))
+    status, answer = ask(server, "plan", token=50, tile="2,3")
+    assert status == 200
+    assert 50 in answer["rows"]
+    assert {key for row in answer["rows"] for key in GEOMETRY.neighbors()[0][row] if key >= 0} == set(answer["columns"])
+    cost = plan.cost()
+    assert answer["cost"]["scores"] == round(cost.scores_per_query, 2)
+    assert answer["cost"]["useful"] == round(cost.useful_per_query, 2)
+    assert [answer["classes"][row] for row in answer["rows"]] == [answer["class"]] * len(answer["rows"])
+    assert answer["useful"] <= answer["evaluated"]
+
+
+def test_fields_propagate_sets_of_keys(server: Server) -> None:
+    status, answer = ask(server, "field", token=50, dilations="1,2")
+    assert status == 200
+    layers = [Geometry((9, 12), (3,), (d,), (2, 1), (False, True)).neighbors()[0] for d in (1, 2)]
+    first = {int(key) for key in layers[0][50] if key >= 0}
+    second = {int(key) for middle in layers[1][50] if middle >= 0 for key in layers[0][middle] if key >= 0}
+    assert [set(layer["tokens"]) for layer in answer["layers"]] == [first, second]
+    assert answer["layers"][1]["coverage"] == round(100 * len(second) / 108, 2)
+
+
+@pytest.mark.parametrize(
+    ("question", "fields", "reason"),
+    [
+        ("about", {"kernel": "7"}, "kernel_size * dilation must fit"),
+        ("about", {"shape": "100,100"}, "10000 tokens; this page shows up to 4096"),
+        ("about", {"shape": "4000"}, "a side of 4000"),
+        ("about", {"shape": "9,x"}, "shape must be integers"),
+        ("about", {"shape": "-9"}, "shape must be integers"),
+        ("about", {"shape": "9,9,9,9"}, "shape must be 1 to 3 integers"),
+        ("about", {"causal": "2"}, "causal must be 0 or 1"),
+        ("about", {"stride": "4"}, "stride must not exceed"),
+        ("neighbors", {"token": "108"}, "token must be below 108"),
+        ("neighbors", {}, "token is missing"),
+        ("field", {"token": "0", "dilations": " ".join(["1"] * 25)}, "dilations must be 1 to 24 integers"),
+        ("plan", {"token": "0", "tile": "0"}, "tile must be at least 1"),
+        (
+            "plan",
+            {"token": "0", "shape": "64,64", "kernel": "63", "dilation": "1", "causal": "0", "tile": "64"},
+            "pairs over all classes",
+        ),
+        ("about", {"shape": "1" * 2000}, "may have 1000 characters"),
+    ],
+)
+def test_wrong_questions_get_a_reason(server: Server, question: str, fields: dict[str, str], reason: str) -> None:
+    status, answer = ask(server, question, **fields)
+    assert status == 400
+    assert reason in answer["error"]
+
+
+def test_only_this_machine_is_served(server: Server) -> None:
+    assert server.server_address[0] == "127.0.0.1"
+    assert get(server, "api/about?shape=9&kernel=3", host="evil.example")[0] == 403
+    assert get(server, "api/about?shape=9&kernel=3", host=f"localhost:{server.server_port}")[0] == 200
+    assert get(server, "api/nothing")[0] == 404
+    assert get(server, "../plots.py")[0] == 404
+
+
+def test_malformed_queries_never_break_it(server: Server) -> None:
+    rng = random.Random(3)
+    names = [*FIELDS, "token", "tile", "dilations", "", "%", "x"]
+    scraps = [
+        "1",
+        "0",
+        "-1",
+        "99999999999999",
+        "1e3",
+        "٣",
+        "%00",
+        "%ff",
+        "nan",
+        "9,12",
+        ",",
+        " ",
+        "3",
+        "\x7f",
+        "'",
+        "{}",
+    ]
+    for _ in range(300):
+        fields = [
+            f"{rng.choice(names)}={quote(rng.choice(scraps)) if rng.random() < 0.7 else rng.choice(scraps).strip()}"
+            for _ in range(rng.randint(0, 8))
+        ]
+        query = rng.choice(["&", ";", "&&"]).join(fields)
+        query = "".join(c for c in query if c in string.printable and c not in string.whitespace and c != "\x7f")
+        status, _ = get(server, f"api/{rng.choice(['about', 'neighbors', 'field', 'plan', '', '//'])}?{query}")
+        assert status in (200, 400, 404)
+
+
+@pytest.mark.parametrize(
+    "line", [b"GET", b"\x00\xff\r\n\r\n", b"GET / HTTP/9\r\n\r\n", b"POST /api/about HTTP/1.1\r\n\r\n", b""]
+)
+def test_malformed_requests_leave_it_running(server: Server, line: bytes, capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=5) as connection:
+        connection.sendall(line)
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(4096):
+            pass
+    assert ask(server, "about")[0] == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
+# The page in a browser
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("no chromium with its driver on this machine")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
+    for flag in [*flags.split(), "disable-component-update", "disable-sync", "window-size=1180,900"]:
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
+    service = webdriver.ChromeService(driver, env=os.environ | {"NO_PROXY": "127.0.0.1,localhost"})
+    browser = webdriver.Chrome(options=options, service=service)
+    yield browser
+    browser.quit()
+
+
+class Page:
+    """The page as a test drives it."""
+
+    def __init__(self, browser: Any, url: str, query: str = ""):
+        self.browser = browser
+        browser.get(url + query)
+        self.settle()
+
+    def settle(self, state: str = "ready") -> None:
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        WebDriverWait(self.browser, 20, 0.02).until(lambda b: self.script("return map.dataset.state") == state)
+
+    def script(self, code: str, *args: object) -> Any:
+        return self.browser.execute_script(code, *args)
+
+    def text(self, name: str) -> str:
+        return self.script("return document.getElementById(arguments[0]).textContent", name)
+
+    def marked(self, name: str) -> list[int]:
+        return self.script(
+            "return cells.filter(c => c.classList.contains(arguments[0])).map(c => +c.dataset.token)", name
+        )
+
+    def type(self, name: str, value: object) -> None:
+        self.script("map.dataset.state = 'changing'")
+        element = self.browser.find_element("name", name)
+        element.clear()
+        self.script("map.dataset.state = 'changing'")
+        element.send_keys(str(value))
+
+    def hover(self, token: int) -> None:
+        from selenium.webdriver import ActionChains
+
+        cell = self.browser.find_element("css selector", f"[data-token='{token}']")
+        ActionChains(self.browser, duration=0).move_to_element(cell).perform()
+
+    def press(self, *keys: str) -> None:
+        self.browser.find_element("id", "map").send_keys(*keys)
+
+
+def keys_of(geometry: Geometry, token: int) -> list[int]:
+    return [int(key) for key in geometry.neighbors()[0][token] if key >= 0]
+
+
+def until(page: Page, expected: list[int], name: str) -> None:
+    """Waits for the marks, because hovering asks the server in the background."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(page.browser, 20, 0.02).until(lambda b: page.marked(name) == expected)
+
+
+def test_page_shows_the_keys_of_the_hovered_query(server: Server, browser: Any) -> None:
+    page = Page(browser, server.url, "?shape=14,12&kernel=3&dilation=1&token=0")
+    page.type("dilation-0", 4)
+    page.settle()
+    page.type("dilation-1", 3)
+    page.settle()
+    geometry = Geometry((14, 12), (3,), (4, 3))
+    for token in (0, 80, 167):
+        page.hover(token)
+        keys = keys_of(geometry, token)
+        until(page, sorted(set(keys) - {token}), "key")
+        assert page.marked("query") == page.marked("here") == [token]
+        assert page.text("readout") == f"The query at ({token // 12}, {token % 12}) sees {len(keys)} keys."
+        assert [int(t) for t in page.text("tokens").split()] == keys
+    assert f"{geometry.num_pairs} attending pairs" in page.text("about")
+    address = browser.current_url
+    assert "dilation=4,3" in address
+    assert "token=167" in address
+    assert Page(browser, address).text("readout") == page.text("readout")
+
+
+def test_page_works_with_the_keyboard(server: Server, browser: Any) -> None:
+    page = Page(browser, server.url, "?shape=9,12&kernel=3&dilation=2,3&stride=2,1&causal=0,1&token=50")
+    page.press("\ue014", "\ue015", "2")  # right, down, second view
+    token = 50 + 1 + 12
+    seen_by = np.flatnonzero((GEOMETRY.neighbors()[0] == token).any(1)).tolist()
+    until(page, sorted(set(seen_by) - {token}), "query")
+    assert page.marked("key") == [token]
+    page.press("4")
+    until(page, sorted(ask(server, "plan", token=token, tile="4")[1]["rows"]), "query")
+    page.press("3")
+    page.settle()
+    assert page.script("return document.body.dataset.view") == "field"
+
+
+def test_page_fills_the_receptive_field(server: Server, browser: Any) -> None:
+    page = Page(browser, server.url, "?shape=27&kernel=3&dilation=1&token=13&view=field&dilations=1,3,9&depth=1")
+    sizes = []
+    for depth in (1, 2, 3):
+        page.script(
+            "const d = form.elements.depth; d.value = arguments[0]; map.dataset.state = 'busy';"
+            "d.dispatchEvent(new Event('input', {bubbles: true}))",
+            depth,
+        )
+        page.settle()
+        sizes.append(len(page.text("tokens").split()))
+    assert sizes == [3, 9, 27]
+    assert "100 %" in page.text("readout")
+
+
+def test_page_says_what_is_impossible_and_recovers(server: Server, browser: Any) -> None:
+    page = Page(browser, server.url, "?shape=14,12&kernel=3&dilation=1&token=5")
+    page.type("kernel-1", 13)
+    page.settle("error")
+    assert "13 * 1 = 13 exceeds length 12" in page.text("message")
+    page.type("kernel-1", 5)
+    page.settle()
+    assert page.text("message") == ""
+    assert len(page.text("tokens").split()) == 15
+    page.type("shape-0", 9000)
+    page.settle("error")
+    assert "this page shows up to 4096" in page.text("message")

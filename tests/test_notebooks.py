@@ -1,0 +1,43 @@
+"""The notebooks run from top to bottom, and what is stored of them is small and says nothing of a machine."""
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat", reason="the notebooks extra is not installed")
+pytest.importorskip("nbclient", reason="the notebooks extra is not installed")
+pytest.importorskip("ipykernel", reason="the notebooks extra is not installed")
+
+from bench.notebooks import FOLDER, execute  # noqa: E402
+
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+PLACES = re.compile(r"/(?:home|root|usr|opt|tmp|work|Users|mnt|var)/|[A-Z]:\\\\|site-packages|0x[0-9a-f]{8}")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(path: Path) -> None:
+    if path.stem[:2] in ("03", "05") and find_spec("triton") is None:
+        pytest.skip("the package triton is not installed")
+    notebook = execute(path)
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            assert output.get("name") != "stderr", output.text
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_stored_notebook_is_clean(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert "What you will learn" in notebook.cells[0].source
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in shown)
+    for output in shown:
+        assert output.output_type != "error"
+        assert not PLACES.search(output.get("text", "") + str(output.get("data", {}).get("text/plain", "")))
+
+
+def test_there_are_five_and_they_are_small() -> None:
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 3 << 20

@@ -1,0 +1,324 @@
+"""Figures show what Geometry and Plan say: the data of the drawn cells is read back and compared."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection, PathCollection, QuadMesh
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from timm.models.swin_transformer import SwinTransformerBlock, window_partition
+
+import dinat_triton as dt
+from dinat_triton import Geometry, Plan, plots
+from dinat_triton import receptive_field as rf
+from dinat_triton.attention_maps import attention_layers, sample_image, token_at
+from dinat_triton.geometry import IntArray
+from dinat_triton.plan import MASKED
+from tests.oracles import sampling
+
+SAMPLES = sampling.samples(30, seed=11, max_tokens=120)
+
+
+def geometry_of(sample: sampling.Sample) -> Geometry:
+    return Geometry(sample.shape, **sample.kwargs())
+
+
+def drawn(ax: Axes) -> np.ma.MaskedArray:
+    """The cells of the first map on the axes."""
+    mesh = next(artist for artist in ax.collections if isinstance(artist, QuadMesh))
+    return np.ma.asarray(mesh.get_array())
+
+
+def unmosaic(cells: np.ma.MaskedArray, shape: tuple[int, ...]) -> np.ndarray:
+    """Takes the gaps between the slices of a 3-D map out again."""
+    if len(shape) < 3:
+        return cells.filled(np.nan).reshape(shape)
+    width = shape[2] + 1
+    assert all(cells[:, i * width + shape[2]].mask.all() for i in range(shape[0] - 1))
+    return np.stack([cells[:, i * width : i * width + shape[2]].filled(np.nan) for i in range(shape[0])])
+
+
+def sees(geometry: Geometry) -> np.ndarray:
+    """`[queries, keys]`, from the table that the reference backend attends with."""
+    tokens, _ = geometry.neighbors()
+    matrix = np.zeros((geometry.num_tokens,) * 2, dtype=bool)
+    for query, keys in enumerate(tokens):
+        matrix[query, keys[keys >= 0]] = True
+    return matrix
+
+
+@pytest.mark.parametrize("number", range(0, len(SAMPLES), 3))
+def test_neighborhoods_show_the_geometry(number: int) -> None:
+    geometry = geometry_of(SAMPLES[number])
+    matrix = sees(geometry)
+    for token in {0, geometry.num_tokens // 2, geometry.num_tokens - 1}:
+        position = tuple(int(i) for i in np.unravel_index(token, geometry.shape))
+        for inverse, row in ((False, matrix[token]), (True, matrix[:, token])):
+            figure = plots.plot_neighborhood(geometry, position, inverse=inverse)
+            expected = row.astype(int)
+            expected[token] = plots.SELF
+            cells = unmosaic(drawn(figure.axes[0]), geometry.shape)
+            np.testing.assert_array_equal(cells, expected.reshape(geometry.shape))
+            assert f" {row.sum()} " in f"{figure.axes[0].get_title()} "
+
+
+def test_queries_are_orange_and_keys_blue_and_grey_tells_them_apart() -> None:
+    geometry = Geometry((9, 9), (3,))
+
+    def colour(inverse: bool, y: int, x: int) -> tuple[float, ...]:
+        figure = plots.plot_neighborhood(geometry, (4, 4), inverse=inverse)
+        figure.draw_without_rendering()
+        mesh = next(a for a in figure.axes[0].collections if isinstance(a, QuadMesh))
+        return tuple(mesh.get_facecolor().reshape(9, 9, 4)[y, x][:3])
+
+    query, key, other = colour(False, 4, 4), colour(False, 4, 5), colour(False, 0, 0)
+    assert query == colour(True, 4, 5)
+    assert key == colour(True, 4, 4)
+    brightness = sorted(np.dot(c, (0.299, 0.587, 0.114)) for c in (query, key, other))
+    assert min(np.diff(brightness)) > 0.2
+
+
+def test_dilations_stand_side_by_side() -> None:
+    figure = plots.plot_dilations((24, 20), 3, (1, 2, 4))
+    assert [ax.get_title() for ax in figure.axes[:2]] == ["NAT, dilation 1, centre", "DiNAT, dilation 2, centre"]
+    for row, query in enumerate(((12, 10), (0, 10), (0, 0))):
+        for column, dilation in enumerate((1, 2, 4)):
+            cells = drawn(figure.axes[3 * row + column])
+            expected = sees(Geometry((24, 20), (3,), (dilation,)))[query[0] * 20 + query[1]]
+            np.testing.assert_array_equal(cells.filled(-1).ravel() > 0, expected)
+
+
+@pytest.mark.parametrize("number", range(1, len(SAMPLES), 3))
+def test_pairs_show_the_bias_indices(number: int) -> None:
+    geometry = geometry_of(SAMPLES[number])
+    cells = drawn(plots.plot_pairs(geometry).axes[0])
+    tokens, offsets = geometry.neighbors()
+    np.testing.assert_array_equal(~np.ma.getmaskarray(cells), sees(geometry))
+    for query in range(geometry.num_tokens):
+        seen = tokens[query] >= 0
+        np.testing.assert_array_equal(cells[query, tokens[query][seen]], offsets[query][seen])
+
+
+# Receptive fields
+
+
+def propagate(geometries: list[Geometry], token: int) -> set[int]:
+    """Tokens that reach a token of the last layer, set by set."""
+    reached = {token}
+    for geometry in reversed(geometries):
+        matrix = sees(geometry)
+        reached = {int(key) for query in reached for key in np.flatnonzero(matrix[query])}
+    return reached
+
+
+@pytest.mark.parametrize("number", range(2, len(SAMPLES), 3))
+def test_fields_propagate_sets(number: int) -> None:
+    geometry = geometry_of(SAMPLES[number])
+    dense = Geometry(geometry.shape, geometry.kernel_size)
+    geometries = [geometry, dense, geometry]
+    token = geometry.num_tokens // 3
+    position = tuple(int(i) for i in np.unravel_index(token, geometry.shape))
+    for depth, field in enumerate(rf.growth([rf.attention(g) for g in geometries], position), 1):
+        expected = propagate(geometries[:depth], token)
+        cells = unmosaic(drawn(plots.plot_field(field).axes[0]), geometry.shape)
+        assert set(np.flatnonzero(cells)) == expected
+        assert field.size == len(expected)
+        assert field.coverage == pytest.approx(100 * len(expected) / geometry.num_tokens)
+        heat = unmosaic(drawn(plots.plot_field(field, heat=True).axes[0]), geometry.shape)
+        averages = [sees(g) / sees(g).sum(1, keepdims=True) for g in geometries[:depth]]
+        share = np.linalg.multi_dot([np.eye(geometry.num_tokens)[token], *averages[::-1], np.eye(geometry.num_tokens)])
+        np.testing.assert_allclose(heat.ravel(), np.where(share > 0, share, -1), atol=1e-12)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_fields_grow_as_the_paper_says(depth: int) -> None:
+    assert rf.field(rf.dilated_stack((343,), 7, [1] * depth)).size == depth * 6 + 1
+    assert rf.field(rf.dilated_stack((343,), 7, [7**i for i in range(depth)])).size == 7**depth
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+def test_windows_are_those_of_timms_swin(shift: int) -> None:
+    block = SwinTransformerBlock(8, (14, 14), window_size=7, shift_size=shift, num_heads=1)
+    tokens = torch.arange(196.0).view(1, 14, 14, 1).roll((-shift, -shift), (1, 2))
+    windows = window_partition(tokens, (7, 7)).flatten(1).long()
+    open_pairs = torch.ones(4, 49, 49, dtype=torch.bool) if block.attn_mask is None else block.attn_mask == 0
+    expected = np.zeros((196, 196), dtype=bool)
+    for window, pairs in zip(windows, open_pairs, strict=True):
+        expected[np.ix_(window, window)] = pairs
+    rows, columns = rf.shifted_windows((14, 14), 7, shift).links
+    np.testing.assert_array_equal(np.kron(rows, columns), expected)
+
+
+def test_downsampling_is_the_models_convolution() -> None:
+    x = torch.zeros(1, 1, 9, 6, requires_grad=True)
+    out = torch.nn.functional.conv2d(x, torch.ones(1, 1, 3, 3), stride=2, padding=1)
+    layer = rf.downsampling((9, 6))
+    assert layer.shape == tuple(out.shape[2:])
+    for y, x_out in np.ndindex(*layer.shape):
+        (grad,) = torch.autograd.grad(out[0, 0, y, x_out], x, retain_graph=True)
+        np.testing.assert_array_equal(grad[0, 0] > 0, np.outer(layer.links[0][y], layer.links[1][x_out]))
+
+
+def test_growth_draws_the_coverage_of_each_depth() -> None:
+    stacks = {"NAT": rf.dilated_stack((28, 28), 7, [1, 1]), "Swin": rf.swin_stack((28, 28), 7, 3)}
+    lines = plots.plot_growth(stacks).axes[0].get_lines()
+    for line, layers in zip(lines, stacks.values(), strict=True):
+        np.testing.assert_allclose(line.get_ydata(), [field.coverage for field in rf.growth(layers)])
+    assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == 2
+
+
+def test_cone_draws_every_connection_once() -> None:
+    layers = rf.dilated_stack((30,), 3, [1, 3])
+    figure = plots.plot_cone(layers, (15,))
+    lines = [a for a in figure.axes[0].collections if isinstance(a, LineCollection)]
+    assert [len(collection.get_segments()) for collection in lines] == [9, 3]
+    dots = [a for a in figure.axes[0].collections if isinstance(a, PathCollection)]
+    lit = [np.flatnonzero((dot.get_facecolor() != to_rgba(plots.CELL)).any(1)).tolist() for dot in dots]
+    assert lit == [list(range(11, 20)), [12, 15, 18], [15]]
+
+
+# Plans
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("number", range(0, len(SAMPLES), 4))
+def test_plan_figures_show_the_plan(number: int, transposed: bool) -> None:
+    geometry = geometry_of(SAMPLES[number])
+    plan = Plan(geometry, tuple(max(1, k // 2) for k in geometry.kernel_size), transposed=transposed)
+    token = geometry.num_tokens // 2
+    row = tuple(int(i) for i in np.unravel_index(token, geometry.shape))
+    matrix = sees(geometry).T if transposed else sees(geometry)
+    classes, tile, pairs = plots.plot_plan(plan, row).axes[:3]
+
+    cells = unmosaic(drawn(tile), geometry.shape).ravel()
+    rows = np.flatnonzero(cells == plots.SELF)
+    assert token in rows
+    np.testing.assert_array_equal(np.flatnonzero(cells), np.flatnonzero(matrix[rows].any(0) | (cells == plots.SELF)))
+
+    number_of = unmosaic(drawn(classes), geometry.shape).ravel()
+    assert len(set(number_of[rows])) == 1
+    rel = plan.classes[int(number_of[token])].rel
+    shown = drawn(pairs)
+    np.testing.assert_array_equal(shown.filled(MASKED), rel)
+    assert f"{matrix[rows].sum()} of {rel.size} scores useful" in pairs.get_title()
+
+
+def test_costs_are_the_plans() -> None:
+    geometry, tiles = Geometry((20, 14), (5, 3), (2, 1)), [(2, 2), (5, 4), (10, 7)]
+    scores, loads, useful = plots.plot_cost(geometry, tiles).axes[0].get_lines()
+    for tile, drawn_scores, drawn_loads in zip(tiles, scores.get_ydata(), loads.get_ydata(), strict=True):
+        plan = Plan(geometry, tile)
+        assert drawn_scores == sum(len(c.row_tokens) * c.rel.size for c in plan.classes) / 280
+        assert drawn_loads == sum(c.col_tokens.size for c in plan.classes) / 280
+    assert set(useful.get_ydata()) == {15}
+
+
+# Bias and attention
+
+
+@pytest.mark.parametrize("bias_shape", [(5,), (5, 3), (3, 3, 5)])
+def test_bias_is_drawn_head_by_head(bias_shape: tuple[int, ...]) -> None:
+    rpb = torch.randn(3, *bias_shape)
+    figure = plots.plot_bias(rpb)
+    if len(bias_shape) == 1:
+        np.testing.assert_allclose(drawn(figure.axes[0]), rpb)
+        return
+    for head in range(3):
+        np.testing.assert_allclose(unmosaic(drawn(figure.axes[head]), bias_shape), rpb[head])
+
+
+@pytest.mark.parametrize(("size", "dilation", "stride", "causal"), [(12, 2, 1, False), (9, 1, 3, True)])
+def test_attention_maps_are_what_the_layer_computes(size: int, dilation: int, stride: int, causal: bool) -> None:
+    torch.manual_seed(0)
+    module = dt.NeighborhoodAttention2D(
+        12, 3, 5, dilation=dilation, stride=stride, is_causal=causal, rel_pos_bias=True, dtype=torch.float64
+    )
+    torch.nn.init.normal_(module.rpb)
+    x = torch.randn(2, size, size, 12, dtype=torch.float64)
+    (layer,) = attention_layers(module, x)
+    values = module.qkv(x).unflatten(-1, (3, 3, 4))[..., 2, :, :]
+    expected = module(x)
+    for query in ((0, 0), (size // 2, size - 1)):
+        mixed = torch.einsum("bhyx,byxhd->bhd", layer.attention(query), values)
+        torch.testing.assert_close(module.proj(mixed.flatten(1)), expected[:, query[0], query[1]])
+
+
+def test_attention_on_a_padded_map_is_cropped() -> None:
+    module = dt.NeighborhoodAttention2D(8, 2, 5, dilation=2)
+    (layer,) = attention_layers(module, torch.randn(1, 7, 12, 8))
+    assert layer.geometry.shape == (10, 12)
+    attention = layer.attention((3, 3))
+    assert attention.shape == (1, 2, 7, 12)
+    assert 0 < attention.sum() / 2 < 1
+
+
+def test_attention_is_drawn_where_it_falls() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("dinat_mini").eval()
+    layers = attention_layers(model, torch.randn(1, 3, 64, 64))
+    assert [layer.module.window[4] for layer in layers[:3]] == [1, 8, 1]
+    assert layers[1].title == "stage 1, block 2: kernel 7, dilation 8"
+    query = token_at((0.5, 0.25), layers[2].x.shape[1:3])
+    assert query == (8, 4)
+    weights = layers[2].attention(query)[0]
+    figure = plots.plot_attention(sample_image(64), {"a": weights}, {"a": query}, heads=[1])
+    np.testing.assert_allclose(drawn(figure.axes[0]).filled(0), weights.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(drawn(figure.axes[1]).filled(0), weights[1], rtol=1e-6)
+
+
+# Characters, files, mistakes
+
+
+@pytest.mark.parametrize("number", range(0, len(SAMPLES), 5))
+def test_characters_show_the_same_cells(number: int) -> None:
+    geometry = geometry_of(SAMPLES[number])
+    position = (0,) * geometry.rank
+    cells: IntArray = plots.neighborhood(geometry, position)
+    text = plots.text_cells(cells)
+    count = len(geometry.keys_of(position))
+    assert text.count("@") == 1
+    assert text.count("#") == count - 1
+    assert text.count(".") == geometry.num_tokens - count
+
+
+@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+def test_the_same_figure_gives_the_same_file(ending: str, tmp_path: Path) -> None:
+    files = [tmp_path / f"{name}.{ending}" for name in "ab"]
+    for file in files:
+        plots.save(plots.plot_neighborhood(Geometry((9, 9), (3,)), (4, 4)), file)
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_figures_take_an_axis() -> None:
+    figure = Figure()
+    ax = figure.add_subplot()
+    geometry = Geometry((9, 9), (3,))
+    field = rf.field([rf.attention(geometry)])
+    assert plots.plot_neighborhood(geometry, (4, 4), ax) is figure
+    assert plots.plot_field(field, ax) is figure
+    assert plots.plot_classes(Plan(geometry, (4,)), ax) is figure
+
+
+@pytest.mark.parametrize(
+    ("mistake", "reason"),
+    [
+        (lambda: plots.plot_neighborhood(Geometry((9, 9), (3,)), (9, 0)), "position must lie on the map"),
+        (lambda: plots.plot_neighborhood(Geometry((9, 9), (3,)), (1,)), "position must lie on the map"),
+        (lambda: plots.plot_pairs(Geometry((40, 40), (3,))), "up to 512 tokens"),
+        (lambda: rf.field(rf.dilated_stack((9,), 3, [1]), (9,)), "token must lie on the map"),
+        (lambda: rf.shifted_windows((9,), 3, 3), "shift must be"),
+        (lambda: plots.plot_cone(rf.dilated_stack((9, 9), 3, [1])), "1-D"),
+        (lambda: plots.plot_bias(torch.zeros(3)), "rpb must be"),
+        (lambda: plots.plot_attention(torch.zeros(9, 9), {}, {}), "image must be"),
+        (lambda: token_at((0.5, 1.0), (9, 9)), "a point must be fractions"),
+        (lambda: attention_layers(torch.nn.Linear(2, 2), torch.zeros(1, 2)), "no NeighborhoodAttention layers"),
+        (lambda: plots.save(Figure(), "figure.txt"), "must end in .png, .svg or .pdf"),
+    ],
+)
+def test_mistakes_are_named(mistake, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        mistake()
