@@ -45,27 +45,27 @@ def current_backend() -> str | None:
     return _chosen
 
 
-def resolve(name: str | None, query: Tensor, key: Tensor, value: Tensor) -> str:
+def resolve(name: str | None, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> str:
     """The backend for a call. One that was named or chosen either runs or says why it cannot."""
     name = current_backend() if name is None else name
     if name is None:
-        return next(n for n in NAMES if why_not(n, query, key, value) is None)
+        return next(n for n in NAMES if why_not(n, query, key, value, scale) is None)
     _check_name(name, "backend")
-    reason = why_not(name, query, key, value)
+    reason = why_not(name, query, key, value, scale)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run this call: {reason}")
     return name
 
 
-def why_not(name: str, query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    """Why a backend cannot run on these tensors, or None if it can."""
+def why_not(name: str, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> str | None:
+    """Why a backend cannot run this call, or None if it can."""
     if name != "triton":
         return None
     if find_spec("triton") is None:
         return "the package triton is not installed"
     from dinat_triton.kernels.support import why_not
 
-    return why_not(query, key, value)
+    return why_not(query, key, value, scale)
 
 
 def _check_name(name: str, argument: str) -> None:

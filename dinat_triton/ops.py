@@ -65,7 +65,7 @@ def na(
     geometry = _geometry(query, window)
     if rpb is not None:
         check_rpb(rpb, query, geometry)
-    backend = resolve(backend, query, key, value)
+    backend = resolve(backend, query, key, value, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     seed = dropout.new_seed(query.device) if dropout_p > 0 else None
     if backend == "reference":

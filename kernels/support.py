@@ -10,8 +10,8 @@ MAX_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def why_not(query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    """Why the kernels cannot run on these tensors, or None if they can."""
+def why_not(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> str | None:
+    """Why the kernels cannot run this call, or None if they can."""
     device = query.device
     if device.type != "cuda" and not (device.type == "cpu" and triton.knobs.runtime.interpret):
         return f"it runs on NVIDIA and AMD GPUs, and on the CPU with TRITON_INTERPRET=1; the tensors are on {device}"
@@ -20,4 +20,6 @@ def why_not(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     for name, x in (("query and key", query), ("value", value)):
         if x.shape[-1] > MAX_DIM:
             return f"it takes head dims up to {MAX_DIM}, and {name} has {x.shape[-1]}"
+    if scale is not None and scale <= 0:
+        return f"it needs a positive scale, got {scale}"
     return None

@@ -1,7 +1,5 @@
 """Fixtures that every test can use."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -20,8 +18,8 @@ def _no_backend_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fills every new uninitialised floating tensor with NaN, so that an output nobody wrote cannot pass for a result."""
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fills new uninitialised floating tensors with NaN: an output that nobody wrote cannot pass for a result."""
     empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
 
     def poison(x: torch.Tensor) -> torch.Tensor:
@@ -30,4 +28,3 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
-    yield

@@ -1,0 +1,218 @@
+"""The Triton kernels under the interpreter, against the reference in float64: outputs, log-sum-exps, every gradient.
+
+Needs TRITON_INTERPRET=1 before Triton is imported; `make test` runs this folder in a process of its own.
+"""
+
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+
+import dinat_triton as dt
+from tests.oracles import sampling
+
+pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="set TRITON_INTERPRET=1")
+
+NA = {1: dt.na1d, 2: dt.na2d, 3: dt.na3d}
+CHUNKS = 15
+SAMPLES = sampling.samples(150, seed=11, max_tokens=40)
+
+
+@dataclass
+class Case:
+    """A problem in float64; leaves are query, key, value and maybe the bias."""
+
+    sample: sampling.Sample
+    leaves: list[Tensor]
+    grad_out: Tensor
+    grad_lse: Tensor
+    scale: float | None = None
+    dropout_p: float = 0.0
+
+    def run(self, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Outputs and gradients; the bias is never narrower than float32, as a parameter under autocast would be."""
+        wide = torch.promote_types(dtype, torch.float32)
+        leaves = [x.to(dtype if i < 3 else wide).detach().requires_grad_() for i, x in enumerate(self.leaves)]
+        options = self.sample.kwargs() | {"scale": self.scale, "dropout_p": self.dropout_p, "return_lse": True}
+        rpb = leaves[3] if len(leaves) == 4 else None
+        torch.manual_seed(3)  # the same dropout everywhere
+        out, lse = NA[self.sample.rank](*leaves[:3], rpb=rpb, **options, backend=backend)
+        grads = torch.autograd.grad([out, lse], leaves, [self.grad_out.to(out.dtype), self.grad_lse.to(lse.dtype)])
+        names = ("out", "lse", "grad_query", "grad_key", "grad_value", "grad_rpb")
+        return dict(zip(names, (out.detach(), lse.detach(), *grads), strict=False))
+
+
+def make_case(sample: sampling.Sample, rng: random.Random, **options) -> Case:
+    """Sizes differ from each other, so that a mixed-up axis cannot go unseen."""
+    kv_heads = rng.choice([1, 2])
+    heads = options.pop("heads", kv_heads * rng.choice([1, 1, 2]))
+    kv_heads = min(kv_heads, heads)
+    dim, value_dim = options.pop("dims", rng.choice([(8, 8), (5, 3), (12, 20)]))
+    lead = (options.pop("batch", rng.choice([1, 2])), *sample.shape)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64)
+
+    leaves = [normal(*lead, heads, dim), normal(*lead, kv_heads, dim), normal(*lead, kv_heads, value_dim)]
+    if options.pop("biased", rng.random() < 0.85):
+        leaves.append(normal(heads, *(2 * k - 1 for k in sample.kernel_size)))
+    return Case(sample, leaves, normal(*lead, heads, value_dim), normal(*lead, heads), **options)
+
+
+def check(case: Case, dtype: torch.dtype = torch.float32, tolerance: float = 1e-5) -> None:
+    exact = case.run("reference", torch.float64)
+    for name, value in case.run("triton", dtype).items():
+        error = (value.double() - exact[name]).norm() / exact[name].norm().clamp(min=1e-3)
+        assert error < tolerance, f"{name} is off by {error:.1e} on {case.sample}"
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_random_geometries(chunk: int, poisoned: None) -> None:
+    rng = random.Random(chunk)
+    for sample in SAMPLES[chunk::CHUNKS]:
+        check(make_case(sample, rng, scale=rng.choice([None, 0.7])))
+
+
+def test_the_samples_cover_what_matters() -> None:
+    assert len(set(SAMPLES)) >= 150
+    assert sum(s.ragged for s in SAMPLES) > 20
+    assert sum(any(s.is_causal) for s in SAMPLES) > 40
+    assert sum(max(s.stride) > 1 for s in SAMPLES) > 40
+    assert sum(any(k % 2 == 0 for k in s.kernel_size) for s in SAMPLES) > 40
+
+
+@pytest.mark.parametrize("length", range(7, 16))
+def test_short_maps_where_all_queries_see_a_key(length: int, poisoned: None) -> None:
+    """Between one and two kernels long, a key at the border is seen from everywhere."""
+    check(make_case(sampling.Sample((length,), (7,), (1,), (1,), (False,)), random.Random(length), heads=1))
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        sampling.Sample((14, 14), (7, 7), (2, 2), (1, 1), (False, False)),  # closed tiles of 49
+        sampling.Sample((13, 12), (7, 7), (1, 1), (1, 1), (False, False)),  # many chunks, every kind of border
+        sampling.Sample((15, 17), (3, 3), (2, 3), (1, 1), (False, False)),  # ragged residue classes
+        sampling.Sample((150,), (9,), (1,), (1,), (True,)),  # partial tiles and spans of T + k - 1
+        sampling.Sample((13, 13), (11, 11), (1, 1), (1, 1), (False, False)),  # more columns than one chunk holds
+    ],
+    ids=str,
+)
+def test_layers(sample: sampling.Sample, poisoned: None) -> None:
+    check(make_case(sample, random.Random(0), heads=2, biased=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_low_precision_is_no_worse_than_twice_eager(dtype: torch.dtype, dilation: int) -> None:
+    sample = sampling.Sample((10, 10), (5, 5), (dilation, dilation), (1, 1), (False, False))
+    case = make_case(sample, random.Random(1), heads=2, dims=(16, 16), biased=True)
+    case.leaves = [x.to(dtype).double() for x in case.leaves]  # what rounding the inputs costs is not ours
+    exact, eager, ours = case.run("reference", torch.float64), case.run("reference", dtype), case.run("triton", dtype)
+    for name, value in exact.items():
+        error, allowed = ((x[name].double() - value).norm() / value.norm() for x in (ours, eager))
+        assert error < 2 * allowed + 1e-6, f"{name}: {error:.1e} against {allowed:.1e}"
+
+
+@pytest.mark.parametrize("dims", [(8, 8), (24, 40), (80, 16), (96, 96), (256, 8)])
+def test_head_dims(dims: tuple[int, int]) -> None:
+    check(make_case(sampling.Sample((9,), (3,), (2,), (1,), (False,)), random.Random(2), dims=dims))
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_dropout_is_that_of_the_reference(dilation: int) -> None:
+    sample = sampling.Sample((6, 8), (3, 3), (dilation, dilation), (1, 1), (False, False))
+    for heads in (1, 4):
+        check(make_case(sample, random.Random(heads), heads=heads, batch=2, dropout_p=0.3))
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_equal_runs_give_equal_bits(dilation: int) -> None:
+    sample = sampling.Sample((8, 9), (3, 3), (dilation, dilation), (1, 1), (False, False))
+    case = make_case(sample, random.Random(4), batch=3, biased=True)
+    for a, b in zip(
+        case.run("triton", torch.float32).values(), case.run("triton", torch.float32).values(), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dilation", [1, 3])
+def test_packed_inputs(dilation: int) -> None:
+    """Read in place, and the gradient is one packed tensor."""
+    qkv, rpb = torch.randn(2, 9, 9, 3, 2, 8, requires_grad=True), torch.randn(2, 5, 5, requires_grad=True)
+    window = [3, 3, 1, 1, dilation, dilation, 0, 0]
+
+    def run(tensors: list[Tensor]) -> list[Tensor]:
+        out, _ = torch.ops.dinat_triton.na(tensors, window, rpb, backend="triton")
+        return [out, *torch.autograd.grad(out.square().sum(), [qkv, rpb])]
+
+    packed, apart = run([qkv]), run([x.contiguous() for x in qkv.unbind(3)])
+    for a, b in zip(packed, apart, strict=True):
+        assert torch.equal(a, b)
+    assert packed[1].is_contiguous()
+
+
+def test_strided_inputs_and_gradients() -> None:
+    query, key, value = (x.requires_grad_() for x in torch.randn(3, 2, 2, 7, 5, 8).transpose(-1, -2).unbind())
+    inputs = [x.movedim(1, -2) for x in (query, key, value)]  # heads first in memory, the last axis strided
+
+    def run(backend: str) -> list[Tensor]:
+        out = dt.na2d(*inputs, 3, backend=backend)
+        grad = torch.linspace(-1, 1, out.numel()).view(out.shape[::-1]).permute(4, 3, 2, 1, 0)
+        return [out, *torch.autograd.grad(out, [query, key, value], grad)]
+
+    for a, b in zip(run("triton"), run("tiled"), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_large_batch_is_split_and_a_small_one_walks_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However work is shared out among programs, the result is the same."""
+    from dinat_triton.kernels import launch, tuning
+
+    sample = sampling.Sample((6, 12), (3, 3), (2, 2), (1, 1), (False, False))
+    case = make_case(sample, random.Random(5), heads=2, batch=5, biased=True)
+    grids = set()
+    for programs in (1, 6, 1000):
+        launch.schedule.cache_clear()
+        config = tuning.rule("forward", 16, 32)
+        monkeypatch.setattr(
+            launch, "choose_config", lambda *_, p=programs: tuning.Config(**(vars(config) | {"programs": p}))
+        )
+        check(case)
+        problem_grids = [launch.schedule(*args).grid for args in _scheduled(launch)]
+        grids.update(problem_grids)
+    launch.schedule.cache_clear()
+    assert len(grids) > 2
+
+
+def _scheduled(launch) -> list[tuple]:
+    query = torch.empty(5, 72, 2, 8)
+    geometry = dt.Geometry((6, 12), (3,), (2,))
+    return [(launch._problem(query, query, query, geometry), name) for name in ("forward", "closed_backward")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": torch.float64}, "computes in float16, bfloat16 and float32, not torch.float64"),
+        ({"dim": 264}, "takes head dims up to 256, and query and key has 264"),
+        ({"device": "meta"}, "the tensors are on meta"),
+        ({"scale": -1.0}, "needs a positive scale, got -1.0"),
+    ],
+)
+def test_what_it_cannot_do_it_says_and_the_next_best_takes_over(changes: dict, message: str) -> None:
+    options = {"scale": changes.pop("scale")} if "scale" in changes else {}
+    x = torch.ones(1, 4, 1, changes.pop("dim", 8), **changes)
+    with pytest.raises(RuntimeError, match=f"backend 'triton' cannot run this call: .*{message}"):
+        dt.na1d(x, x, x, 3, **options, backend="triton")
+    assert dt.na1d(x, x, x, 3, **options).shape == x.shape
+
+
+def test_an_empty_batch() -> None:
+    x = torch.ones(0, 4, 1, 8, requires_grad=True)
+    out = dt.na1d(x, x, x, 3, backend="triton")
+    out.sum().backward()
+    assert out.shape == x.shape

@@ -1,0 +1,158 @@
+"""The ops under all that torch does to ops: checks, compilation, export, TorchScript, FX, meta tensors, autocast."""
+
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+import dinat_triton as dt
+from dinat_triton.functional import window_of
+
+WINDOW = window_of(2, 3, 1, 2, (True, False))
+BACKENDS = ("reference", "tiled")
+
+
+def inputs(packed: bool = False, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor]:
+    if packed:
+        qkv = [torch.randn(2, 6, 7, 3, 4, 8, dtype=dtype, requires_grad=True)]
+    else:
+        qkv = [torch.randn(2, 6, 7, heads, 8, dtype=dtype, requires_grad=True) for heads in (4, 2, 2)]
+    return qkv, torch.randn(4, 5, 5, dtype=dtype, requires_grad=True)
+
+
+def gradients(f: Callable, leaves: list[Tensor]) -> list[Tensor]:
+    out, lse = f()
+    return [out, lse, *torch.autograd.grad(out.square().sum() + lse.sin().sum(), leaves)]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> None:
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_opcheck_of_the_public_op(packed: bool, backend: str, dropout_p: float) -> None:
+    qkv, rpb = inputs(packed)
+    # With dropout two runs draw two masks, which the comparing checks would take for a mistake.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    checks = checks if dropout_p else (*checks, "test_aot_dispatch_dynamic")
+    opcheck(torch.ops.dinat_triton.na, (qkv, WINDOW, rpb, None, dropout_p, True, backend), test_utils=checks)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("need_lse", [False, True])
+def test_opcheck_of_the_fused_op(packed: bool, biased: bool, need_lse: bool) -> None:
+    qkv, rpb = inputs(packed)
+    seed = torch.tensor([7])
+    args = (qkv, rpb if biased else None, seed, WINDOW, 0.3, 0.2, need_lse, "tiled")
+    opcheck(torch.ops.dinat_triton.fused, args)
+
+
+def test_opcheck_of_the_backward_op() -> None:
+    qkv, rpb = inputs()
+    qkv, rpb = [x.detach() for x in qkv], rpb.detach()
+    out, lse = torch.ops.dinat_triton.fused(qkv, rpb, None, WINDOW, 0.3, 0.0, True, "tiled")
+    args = (qkv, rpb, None, out, lse, out.sin(), lse.cos(), WINDOW, 0.3, 0.0, "tiled")
+    opcheck(torch.ops.dinat_triton.fused_backward, args)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_into_one_graph(backend: str, dynamic: bool) -> None:
+    def attend(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = dt.na2d(query * 2, key, value, 3, dilation=2, rpb=rpb, return_lse=True, backend=backend)
+        return out + 1, lse
+
+    qkv, rpb = inputs()
+    compiled = torch.compile(attend, fullgraph=True, dynamic=dynamic, backend="aot_eager" if dynamic else "inductor")
+    leaves = [*qkv, rpb]
+    same(gradients(lambda: compiled(*leaves), leaves), gradients(lambda: attend(*leaves), leaves))
+
+
+def test_dropout_compiles_and_draws_anew() -> None:
+    qkv, _ = inputs()
+    compiled = torch.compile(lambda *x: dt.na2d(*x, 3, dropout_p=0.5), fullgraph=True, backend="aot_eager")
+    assert not torch.equal(compiled(*qkv), compiled(*qkv))
+
+
+@pytest.mark.parametrize("name", ["1d", "2d", "3d"])
+def test_modules_compile_export_script_and_trace(name: str) -> None:
+    rank = int(name[0])
+    module = getattr(dt, f"NeighborhoodAttention{name.upper()}")(8, 2, 3, dilation=2, rel_pos_bias=True).eval()
+    x = torch.randn(2, *(9, 7, 5)[:rank], 8)  # the last axis of the 3-D map is shorter than 3 * 2: padded
+    expected = module(x)
+
+    exported = torch.export.export(module, (x,)).module()
+    traced = torch.fx.symbolic_trace(module)
+    scripted, scripted_trace = torch.jit.script(module), torch.jit.script(traced)
+    saved = io.BytesIO()
+    torch.jit.save(scripted, saved)
+    saved.seek(0)
+    forms = [exported, traced, scripted, scripted_trace, torch.jit.load(saved), torch.compile(module, fullgraph=True)]
+    for form in forms:
+        torch.testing.assert_close(form(x), expected)
+    scripted(x).sum().backward()
+    assert module.rpb.grad.any()
+
+
+def test_functions_are_leaves_of_fx() -> None:
+    def attend(x: Tensor, rpb: Tensor) -> Tensor:
+        return dt.na2d(x, x, x, 3, rpb=rpb).relu()
+
+    traced = torch.fx.symbolic_trace(attend)
+    assert dt.na2d in [node.target for node in traced.graph.nodes]
+    x, rpb = torch.randn(1, 5, 5, 2, 4), torch.randn(2, 5, 5)
+    torch.testing.assert_close(traced(x, rpb), attend(x, rpb))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_meta_tensors_pass(backend: str) -> None:
+    query, key = torch.empty(2, 90, 80, 4, 8, device="meta"), torch.empty(2, 90, 80, 2, 8, device="meta")
+    value, rpb = torch.empty(2, 90, 80, 2, 6, device="meta"), torch.empty(4, 13, 13, device="meta")
+    out, lse = dt.na2d(query, key, value, 7, dilation=4, rpb=rpb, return_lse=True, backend=backend)
+    assert (out.shape, out.device.type) == ((2, 90, 80, 4, 6), "meta")
+    assert (lse.shape, lse.dtype) == ((2, 90, 80, 4), torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_computes_low_and_returns_gradients_in_the_inputs_dtype(backend: str, compiled: bool) -> None:
+    (query, key, value), rpb = inputs()
+
+    def attend() -> Tensor:
+        return dt.na2d(query, key, value, 3, rpb=rpb, backend=backend)
+
+    call = torch.compile(attend, backend="aot_eager") if compiled else attend
+    with torch.autocast("cpu", torch.bfloat16):
+        out = call()
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), attend(), rtol=0.05, atol=0.05)
+    out.sum().backward()
+    assert query.grad is not None
+    assert query.grad.dtype == torch.float32
+    assert rpb.grad is not None
+    assert rpb.grad.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dt.na2d(*(x.double() for x in (query, key, value)), 3, backend=backend).dtype == torch.float64
+
+
+def test_a_default_device_does_not_reach_the_plans() -> None:
+    x = torch.randn(1, 13, 11, 1, 4)
+    with torch.device("meta"):
+        out = dt.na2d(x, x, x, 3, dilation=3)
+    torch.testing.assert_close(out, dt.na2d(x, x, x, 3, dilation=3, backend="reference"))
+
+
+def test_packed_inputs_get_one_packed_gradient() -> None:
+    (qkv,), rpb = inputs(packed=True)
+    attend = torch.ops.dinat_triton.na
+    packed = gradients(lambda: attend([qkv], WINDOW, rpb, None, 0.0, True), [qkv, rpb])
+    apart = gradients(lambda: attend(list(qkv.unbind(3)), WINDOW, rpb, None, 0.0, True), [qkv, rpb])
+    same(packed, apart)
+    assert packed[2].is_contiguous()
