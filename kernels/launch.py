@@ -25,6 +25,10 @@ from dinat_triton.kernels.layout import Layout, layout_of
 from dinat_triton.kernels.tiles import table_kernel
 from dinat_triton.kernels.tuning import architecture_of, choose_config, choose_plan, padded
 
+# Multiply and add in one instruction; what Triton does by default differs from version to version.
+FUSION = {"enable_fp_fusion": True}
+MOST_NARROW = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -39,6 +43,7 @@ class Problem:
     dtype: torch.dtype
     device: torch.device
     precision: str  # of float32 products
+    wide: bool = False  # token addresses within a batch item need 64 bits
 
     @property
     def bits(self) -> int:
@@ -71,7 +76,9 @@ def schedule(problem: Problem, name: str) -> Schedule:
     batch_step = min(items, problem.batch)
     # Powers of two, so that batches of any size share few layouts.
     tiles_per_run = 1 << max(0, (items // problem.batch).bit_length() - 1)
-    layout = layout_of(plan, tiles_per_run, problem.device)
+    layout = layout_of(plan, tiles_per_run, problem.wide, problem.device)
+    # Triton lays all warps along one side of a chunk; more than that side has room for would repeat each other's work.
+    room = layout.rows // 16 if layout.rows >= plan.chunk else plan.chunk // 8
     options = {
         "D": problem.dim,
         "DV": problem.value_dim,
@@ -80,9 +87,9 @@ def schedule(problem: Problem, name: str) -> Schedule:
         "ROWS": layout.rows,
         "CHUNK": plan.chunk,
         "PRECISION": problem.precision,
-        "num_warps": config.warps,
+        "num_warps": min(config.warps, room),
         "num_stages": config.stages,
-    }
+    } | FUSION
     grid = (len(layout.runs) * heads, triton.cdiv(problem.batch, batch_step))
     return Schedule(layout, batch_step, grid, options)
 
@@ -107,9 +114,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Attends; tensors are `[batch, *shape, heads, dim]`. Always writes the log-sum-exp, for the backward."""
     q, k, v = (_tokens(x) for x in (query, key, value))
-    problem = _problem(q, k, v, geometry)
-    plan = schedule(problem, "forward")
     out = torch.empty(*query.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
+    problem = _problem(geometry, q, k, v, out.flatten(1, -3))
+    plan = schedule(problem, "forward")
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=q.device)
     rpb = None if rpb is None else rpb.contiguous()
     with _on(q.device):
@@ -144,7 +151,7 @@ def backward(
     """Writes the gradients of query, key and value into `grads`, and returns that of `rpb`."""
     q, k, v, grad_out = (_tokens(x) for x in (query, key, value, _last_contiguous(grad_out)))
     grad_q, grad_k, grad_v = (x.flatten(1, -3) for x in grads)
-    problem = _problem(q, k, v, geometry)
+    problem = _problem(geometry, q, k, v, grad_q, grad_k, grad_v, grad_out)
     rpb = None if rpb is None else rpb.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     shared = {"HAS_GRAD_LSE": grad_lse is not None, "DROPOUT": seed is not None}
@@ -212,12 +219,12 @@ def _fold(rpb: Tensor | None, partials: Tensor | None, plan: Schedule) -> Tensor
     classes = len(layout.rel)
     sums = torch.empty(heads, classes, pairs, dtype=torch.float32, device=rpb.device)
     sum_programs_kernel[(triton.cdiv(pairs, 256), classes, heads)](
-        partials, sums, layout.first_run, programs, splits, heads, pairs, BLOCK=256, STEP=16
+        partials, sums, layout.first_run, programs, splits, heads, pairs, BLOCK=256, STEP=16, **FUSION
     )
     grad = torch.empty_like(rpb)
     offsets, longest = layout.members.shape
     fold_bias_kernel[(offsets, heads)](
-        sums, layout.members, grad, classes * pairs, offsets, longest, BLOCK=min(1024, padded(longest))
+        sums, layout.members, grad, classes * pairs, offsets, longest, BLOCK=min(1024, padded(longest)), **FUSION
     )
     return grad
 
@@ -228,17 +235,23 @@ def _table(rpb: Tensor | None, layout: Layout, problem: Problem, scale: float) -
     pairs = layout.rel.numel()
     table = torch.empty(heads, pairs, dtype=torch.float32, device=layout.rel.device)
     table_kernel[(triton.cdiv(pairs, 1024), heads)](
-        rpb, layout.rel, table, 1 / scale, problem.geometry.num_offsets, pairs, HAS_BIAS=rpb is not None, BLOCK=1024
-    )
+        rpb, layout.rel, table, 1 / scale, problem.geometry.num_offsets, pairs, HAS_BIAS=rpb is not None, BLOCK=1024,
+        **FUSION,
+    )  # fmt: skip
     return table, 0 if rpb is None else pairs
 
 
-def _problem(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> Problem:
+def _problem(geometry: Geometry, q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> Problem:
     batch, _, heads, dim = q.shape
-    precision = "tf32x3" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # AMD has no tf32x3.
+    tf32 = torch.backends.cuda.matmul.allow_tf32 and torch.version.hip is None
+    precision = "tf32x3" if tf32 else "ieee"
     if q.device.type == "cpu":
         precision = "interpreted"
-    return Problem(geometry, batch, heads, k.shape[2], dim, v.shape[3], q.dtype, q.device, precision)
+    reach = geometry.num_tokens * max(x.stride(1) for x in (q, k, v, *others))
+    return Problem(
+        geometry, batch, heads, k.shape[2], dim, v.shape[3], q.dtype, q.device, precision, wide=reach > MOST_NARROW
+    )
 
 
 def _tokens(x: Tensor) -> Tensor:

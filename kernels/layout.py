@@ -17,7 +17,7 @@ class Layout:
     """Index arrays of a plan.
 
     Attributes:
-        row_tokens: `[tiles, ROWS]`, tiles of a class in a row.
+        row_tokens: `[tiles, ROWS]`, tiles of a class in a row. Their dtype is that of all token addresses.
         col_tokens: `[tiles, max_chunks * CHUNK]`.
         rel: `[classes, ROWS, max_chunks * CHUNK]` bias indices, or MASKED.
         runs: `[runs, 4]`: class, first tile, end, chunks. A program walks one run.
@@ -44,7 +44,8 @@ class Layout:
     @cached_property
     def members(self) -> Tensor:
         """`[offsets, longest]`: the pairs of all classes that each bias entry is added to, padded with -1."""
-        rel = self.rel.flatten().cpu().numpy()
+        # Anew from the plan: reading it back from the device would wait for it.
+        rel = _pictures(self.plan, self.rel.shape[-1]).ravel()
         order = np.argsort(rel, kind="stable")[np.count_nonzero(rel == MASKED) :]
         counts = np.bincount(rel[order], minlength=self.plan.geometry.num_offsets)
         members = np.full((len(counts), counts.max()), -1, dtype=np.int32)
@@ -54,20 +55,18 @@ class Layout:
 
 
 @lru_cache(maxsize=256)
-def layout_of(plan: Plan, tiles_per_run: int, device: torch.device) -> Layout:
+def layout_of(plan: Plan, tiles_per_run: int, wide: bool, device: torch.device) -> Layout:
     """Lays a plan out.
 
     Args:
         plan: With `block` and `chunk` as the kernel takes them.
         tiles_per_run: Tiles that a program walks, at most.
+        wide: Whether token addresses within a batch item need 64 bits.
         device: Where to.
     """
     chunks = [c.col_tokens.shape[1] // plan.chunk for c in plan.classes]
     max_chunks = max(chunks)
     span = max_chunks * plan.chunk
-
-    def widen(array: np.ndarray, fill: int) -> np.ndarray:
-        return np.pad(array, ((0, 0), (0, span - array.shape[1])), constant_values=fill)
 
     runs, first_run, first = [], [0], 0
     for index, c in enumerate(plan.classes):
@@ -77,15 +76,26 @@ def layout_of(plan: Plan, tiles_per_run: int, device: torch.device) -> Layout:
         first_run.append(len(runs))
         first = end
 
-    def place(arrays: list[np.ndarray] | list[tuple] | list[int]) -> Tensor:
-        return torch.as_tensor(np.asarray(arrays, dtype=np.int32), device=device)
+    def place(arrays: np.ndarray | list[tuple] | list[int], dtype: type = np.int32) -> Tensor:
+        return torch.as_tensor(np.asarray(arrays, dtype=dtype), device=device)
+
+    address = np.int64 if wide else np.int32
 
     return Layout(
         plan=plan,
         max_chunks=max_chunks,
-        row_tokens=place(np.concatenate([c.row_tokens for c in plan.classes])),
-        col_tokens=place(np.concatenate([widen(c.col_tokens, PADDING) for c in plan.classes])),
-        rel=place(np.stack([widen(c.rel, MASKED) for c in plan.classes])),
+        row_tokens=place(np.concatenate([c.row_tokens for c in plan.classes]), address),
+        col_tokens=place(np.concatenate([_widen(c.col_tokens, span, PADDING) for c in plan.classes]), address),
+        rel=place(_pictures(plan, span)),
         runs=place(runs),
         first_run=place(first_run),
     )
+
+
+def _pictures(plan: Plan, span: int) -> np.ndarray:
+    """`rel` of every tile class, `[classes, ROWS, span]`."""
+    return np.stack([_widen(c.rel, span, MASKED) for c in plan.classes])
+
+
+def _widen(array: np.ndarray, columns: int, fill: int) -> np.ndarray:
+    return np.pad(array, ((0, 0), (0, columns - array.shape[1])), constant_values=fill)

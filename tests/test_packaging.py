@@ -1,0 +1,94 @@
+"""The wheel, the namespace, and what must not happen on import."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HIDE_TRITON = """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Hidden())
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "triton" else find(name, *a)
+"""
+
+
+def python(code: str, *, cwd: Path = ROOT) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    build = f"from setuptools import build_meta; print(build_meta.build_wheel({str(out)!r}))"
+    # A copy without links to the working tree's build folder: nothing stale can get in.
+    source = out / "source"
+    subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(source)], check=True)
+    for name in ("dinat_triton", "kernels", "models"):
+        subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
+    return out / python(build, cwd=source).splitlines()[-1]
+
+
+def test_the_wheel_is_small_and_complete(wheel: Path) -> None:
+    assert wheel.stat().st_size < 1 << 20
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {t for t in tops if not t.endswith(".dist-info")} == {"dinat_triton"}
+    for part in ("kernels/forward.py", "models/dinat.py", "explore/page.html", "py.typed", "integrations/__init__.py"):
+        assert f"dinat_triton/{part}" in names
+    packaged = {n for n in names if n.startswith("dinat_triton/")}
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "dinat_triton").rglob("*.py")}
+    sources |= {
+        f"dinat_triton/{p.relative_to(ROOT)}" for d in ("kernels", "models") for p in (ROOT / d).glob("**/*.py")
+    }
+    sources |= {f"dinat_triton/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").glob("**/*.json")}
+    assert sources <= packaged
+
+
+def test_the_wheel_works_without_triton(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = HIDE_TRITON + (
+        "sys.path.insert(0, '.')\n"
+        "import torch, dinat_triton as dt\n"
+        "from dinat_triton.dispatch import why_not\n"
+        "x = torch.randn(1, 6, 6, 2, 4)\n"
+        "assert dt.na2d(x, x, x, 3).shape == x.shape\n"
+        "print(dt.__file__, why_not('triton', x, x, x))\n"
+    )
+    printed = python(code, cwd=tmp_path)
+    assert str(tmp_path) in printed or printed.startswith("./")
+    assert "the package triton is not installed" in printed
+
+
+def test_our_folders_do_not_shadow_other_distributions() -> None:
+    """With the root on the path, transformers must not take `kernels/` for the hub's package of that name."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "models" / "__init__.py").exists()
+    code = "import sys; sys.path.insert(0, '.'); from transformers import BertModel; print(BertModel.__name__)"
+    assert python(code).strip() == "BertModel"
+
+
+def test_import_is_light() -> None:
+    """Neither Triton, nor matplotlib, nor transformers is loaded before it is used."""
+    code = "import sys, dinat_triton; print([m for m in ('triton', 'matplotlib', 'transformers') if m in sys.modules])"
+    loaded = python("import sys, torch, timm; " + code.replace("import sys, ", "import "))
+    assert "matplotlib" not in loaded
+    assert "transformers" not in loaded
+
+
+def test_the_version_is_one() -> None:
+    from importlib.metadata import version
+
+    import dinat_triton
+
+    assert dinat_triton.__version__ == version("dinat-triton")
