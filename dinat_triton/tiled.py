@@ -159,9 +159,9 @@ class Problem:
         """The group's part of the table, `[1, key heads or 1, group * rows, columns]`: SDPA's fast path wants 4-D."""
         shared = self.heads // self.kv_heads
         part = table[:, group.pairs].unflatten(1, (group.rows.shape[1], group.columns.shape[1]))
-        if len(part) == 1:
-            return part.repeat(1, shared, 1).unsqueeze(0)
-        return part.unflatten(0, (self.kv_heads, shared)).flatten(1, 2).unsqueeze(0)
+        if shared > 1:
+            part = part.repeat(1, shared, 1) if len(part) == 1 else part.reshape(self.kv_heads, -1, part.shape[-1])
+        return part.unsqueeze(0)
 
     def logits(self, q: Tensor, k: Tensor, group: Group, table: Tensor) -> Tensor:
         """Logits of gathered tiles, in the wide dtype."""
