@@ -73,7 +73,7 @@ def backward(
 ) -> Tensor | None:
     """Writes the gradients of query, key and value into `grads` and returns that of `rpb`. Recomputes the softmax."""
     problem = Problem(query, key, value, seed, geometry, scale, dropout_p)
-    q, k, v, grad_out = problem.q, problem.k, problem.v, grad_out.flatten(1, -3).contiguous()
+    q, k, v, grad_out = problem.q, problem.k, problem.v, problem.tokens(grad_out)
     grad_q = torch.empty_like(q)
     grad_k, grad_v = (torch.zeros_like(x, dtype=problem.dtype) for x in (k, v))
     table = bias.table(rpb, problem.layout.index, geometry, problem.dtype)
@@ -114,23 +114,26 @@ class Problem:
         scale: float,
         dropout_p: float,
     ):
-        # [batch, tokens, heads, dim]; torch would copy a strided tensor whole for every gather out of it
-        self.q, self.k, self.v = (x.flatten(1, -3).contiguous() for x in (query, key, value))
         self.scale, self.dropout_p, self.seed = scale, dropout_p, seed
-        self.batch, _, self.heads, _ = self.q.shape
-        self.kv_heads = self.k.shape[2]
-        self.dtype = torch.promote_types(self.q.dtype, torch.float32)
+        self.batch, self.heads, self.kv_heads = query.shape[0], query.shape[-2], key.shape[-2]
+        self.dtype = torch.promote_types(query.dtype, torch.float32)
         tile = choose_tile(geometry, self.batch * self.heads)
-        self.layout = layout_of(geometry, tile, self.q.device)
+        self.layout = layout_of(geometry, tile, query.device)
+        self.q, self.k, self.v = (self.tokens(x) for x in (query, key, value))
 
     def groups(self) -> Iterator[Group]:
         return self.layout.groups(self.batch * self.heads)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """`[batch, tokens, heads, dim]`, contiguous to gather from: torch copies a strided tensor whole each time."""
+        x = x.flatten(1, -3)
+        return x if self.layout.is_whole else x.contiguous()
 
     def gather(self, x: Tensor, tokens: Tensor) -> Tensor:
         """Tiles `[batch * tiles, key heads, group * cells, dim]` of `[batch, tokens, heads, dim]`."""
         if not self.layout.is_whole:
             x = x.index_select(1, tokens.flatten())
-        folded = x.view(-1, tokens.shape[1], self.kv_heads, x.shape[2] // self.kv_heads, x.shape[3])
+        folded = x.reshape(-1, tokens.shape[1], self.kv_heads, x.shape[2] // self.kv_heads, x.shape[3])
         return folded.permute(0, 2, 3, 1, 4).flatten(2, 3)
 
     def _unfold(self, tile: Tensor, cells: int) -> Tensor:
