@@ -10,8 +10,12 @@ from dinat_triton.version import __version__
 
 # Imported only when called for, so that `--help` answers at once.
 COMMANDS = {
+    "classify": "name what images show",
+    "convert": "turn a checkpoint from any published layout into any other",
+    "digits": "train a small DiNAT on handwritten digits, in a minute",
     "demo": "check and time every backend that runs here",
     "explore": "play with windows, plans and receptive fields in the browser",
+    "inspect": "compile the Triton kernels for any GPU, without one, and judge them",
     "plot": "draw neighborhoods, receptive fields, plans and attention",
 }
 

@@ -1,0 +1,351 @@
+"""Checkpoints: every layout both ways, loading them, and refusing what is none; equality with transformers."""
+
+import json
+import logging
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from dinat_triton.cli import main
+from dinat_triton.models import checkpoints
+from dinat_triton.models.checkpoints import LAYOUTS, check_complete, checkpoint_filter_fn, from_native, to_native
+from tests.transformers_dinat import modeling
+
+SMALL = dict(embed_dim=32, depths=(1, 2, 2, 1), num_classes=10)
+
+
+def randomize(model, seed=0):
+    """Weights that leave no layer without effect."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=0.1 if parameter.ndim == 1 else 0.02, generator=generator)
+            if "norm" in name and name.endswith("weight"):
+                parameter.add_(1)
+    return model.eval()
+
+
+def small(name="dinat_mini", seed=0, **options):
+    options = SMALL | options
+    declared = dict(num_classes=options["num_classes"])
+    return randomize(timm.create_model(name, pretrained_cfg_overlay=declared, **options), seed)
+
+
+def config_of(model, **options):
+    from transformers import DinatConfig
+
+    first = model.levels[0].blocks[0]
+    scale = getattr(first.ls1, "init_values", 0.0)
+    return DinatConfig(
+        embed_dim=model.feature_info[0]["num_chs"],
+        depths=[len(level.blocks) for level in model.levels],
+        num_heads=[level.blocks[0].attn.num_heads for level in model.levels],
+        kernel_size=first.attn.window[0],
+        dilations=[[block.attn.window[4] for block in level.blocks] for level in model.levels],
+        mlp_ratio=first.mlp.fc1.out_features / first.mlp.fc1.in_features,
+        layer_scale_init_value=scale,
+        num_labels=model.num_classes,
+        **options,
+    )
+
+
+def assert_same(found, expected):
+    assert set(found) == set(expected)
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor), key
+
+
+SIZES = [(224, 224), (160, 192), (97, 131)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["dinat_mini", "dinat_tiny", "dinat_base"])
+def test_equals_transformers(name, size):
+    """Tiny and base with fewer blocks of each kind, so that this ends soon."""
+    assert_equals_transformers(name, size, **({} if name == "dinat_mini" else dict(depths=(2, 2, 2, 1))))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["dinat_tiny", "dinat_small", "dinat_base", "dinat_large_384_11x11", "nat_base"])
+def test_equals_transformers_in_full(name, size):
+    assert_equals_transformers(name, size)
+
+
+def assert_equals_transformers(name, size, **options):
+    model = randomize(timm.create_model(name, **options))
+    theirs = modeling().DinatForImageClassification(config_of(model)).eval()
+    theirs.load_state_dict(from_native(model.state_dict(), "transformers")[0])
+    x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(x, output_hidden_states=True)
+        features, stages = model.forward_intermediates(x, output_fmt="NHWC")
+        logits = model.forward_head(features)
+    assert (logits - expected.logits).abs().max() < 1e-5
+    stem, *hidden = expected.hidden_states  # after each stage's downsampling
+    downsampled = [level.downsample(stage) for level, stage in zip(model.levels[1:], stages, strict=False)]
+    ours = [model.patch_embed(x), *downsampled, stages[-1]]
+    for found, wanted in zip(ours, [stem, *hidden], strict=True):
+        assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+def test_equals_transformers_backbone():
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    model = small(feature_norms=True, num_classes=0)
+    theirs = modeling().DinatBackbone(config_of(model, out_features=stages)).eval()
+    theirs.load_state_dict(from_native(model.state_dict(), "backbone")[0])
+    x = torch.randn(1, 3, 97, 131)
+    with torch.no_grad():
+        expected = theirs(x).feature_maps
+        found = model.forward_intermediates(x, norm=True, intermediates_only=True)
+    torch.testing.assert_close(found, list(expected), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layer_scale", [None, 0.5])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_round_trip_is_exact(layout, layer_scale):
+    is_backbone = LAYOUTS[layout].is_backbone
+    options = dict(num_classes=0, feature_norms=True) if is_backbone else {}
+    tensors = small(layer_scale=layer_scale, **options).state_dict()
+    translated, left_out = from_native(tensors, layout)
+    assert left_out == []
+    back = to_native(translated)
+    assert back.layout == layout
+    assert_same(back.tensors, tensors)
+    check_complete(back.tensors)
+    assert_same(from_native(back.tensors, layout)[0], translated)
+
+
+@pytest.mark.parametrize("name", ["dinat_s_tiny", "dinat_isotropic_small"])
+def test_round_trip_of_other_families(name):
+    options = dict(depth=3, embed_dim=64, num_classes=10) if "isotropic" in name else SMALL
+    tensors = randomize(timm.create_model(name, **options)).state_dict()
+    translated, _ = from_native(tensors, "original")
+    assert any(key.startswith("layers.0.") for key in translated)
+    assert_same(to_native(translated).tensors, tensors)
+    check_complete(tensors)
+    with pytest.raises(ValueError, match="there is no layout 'transformers' of"):
+        from_native(tensors, "transformers")
+
+
+def test_names_in_the_authors_files():
+    translated, _ = from_native(small(layer_scale=1.0).state_dict(), "original")
+    shapes = {key: tuple(tensor.shape) for key, tensor in translated.items()}
+    assert shapes["patch_embed.proj.0.weight"] == (16, 3, 3, 3)
+    assert shapes["levels.1.blocks.1.attn.qkv.weight"] == (192, 64)
+    assert shapes["levels.1.blocks.1.attn.rpb"] == (2, 13, 13)
+    assert shapes["levels.1.blocks.1.gamma2"] == (64,)
+    assert shapes["levels.0.downsample.reduction.weight"] == (64, 32, 3, 3)
+    assert shapes["head.weight"] == (10, 256)
+    names, _ = from_native(small(feature_norms=True, num_classes=0).state_dict(), "original")
+    assert {"norm0.weight", "norm3.bias"} < set(names)
+    assert "norm.weight" not in names
+
+
+def test_detection_checkpoint_leaves_the_rest_of_the_detector():
+    tensors = small(feature_norms=True, num_classes=0).state_dict()
+    detector, _ = from_native(tensors, "detection")
+    detector |= {"neck.lateral_convs.0.conv.weight": torch.zeros(1), "roi_head.bbox_head.fc_cls.bias": torch.zeros(1)}
+    checkpoint = to_native({"meta": {"epoch": 36}, "state_dict": detector})
+    assert_same(checkpoint.tensors, tensors)
+    assert checkpoint.left_out == ["neck.lateral_convs.0.conv.weight", "roi_head.bbox_head.fc_cls.bias"]
+
+
+def test_loads_a_checkpoint_with_norms_into_features(tmp_path):
+    source = small(feature_norms=True, num_classes=0)
+    path = tmp_path / "model.bin"
+    checkpoints.save_state_dict(from_native(source.state_dict(), "oneformer")[0], path)
+    options = dict(features_only=True, feature_norms=True, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
+    model = timm.create_model("dinat_mini", **(SMALL | dict(num_classes=0) | options)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    expected = source.forward_intermediates(x, norm=True, output_fmt="NHWC", intermediates_only=True)
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("layout", ["original", "transformers", "timm"])
+def test_pretrained_loads_from_the_hub(monkeypatch, layout):
+    """Every published name, the right repository, and the weights as they are in it."""
+    source = small()
+    asked = []
+
+    def from_hub(repository, **options):
+        asked.append((repository, options.get("weights_only")))
+        return from_native(source.state_dict(), layout)[0]
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", from_hub)
+    overlay = dict(num_classes=10)
+    model = timm.create_model("dinat_mini.in1k", pretrained=True, pretrained_cfg_overlay=overlay, **SMALL)
+    assert asked == [("shi-labs/dinat-mini-in1k-224", True)]
+    assert_same(model.state_dict(), source.state_dict())
+
+
+def test_hub_names():
+    hub = {name: timm.get_pretrained_cfg(name) for name in timm.list_pretrained("*nat_*") if "efficient" not in name}
+    ids = {cfg.hf_hub_id.removeprefix("shi-labs/") for cfg in hub.values() if cfg.hf_hub_id}
+    sizes = {f"{family}-{size}-in1k-224" for family in ("nat", "dinat") for size in ("mini", "tiny", "small", "base")}
+    large = ("dinat-large-in22k-in1k-224", "dinat-large-in22k-in1k-384", "dinat-large-11x11-in22k-in1k-384")
+    assert ids == sizes | set(large)
+    assert hub["dinat_large_384_11x11.in22k_ft_in1k"].hf_hub_id == "shi-labs/dinat-large-11x11-in22k-in1k-384"
+    assert hub["dinat_large_384.in22k_ft_in1k"].input_size == (3, 384, 384)
+    assert hub["dinat_large.in22k"].num_classes == 21841
+
+
+def test_local_dir_and_hf_hub(monkeypatch, tmp_path):
+    source = small()
+    timm.models.save_for_hf(source, tmp_path, model_args=SMALL, safe_serialization=True)
+    assert_same(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).state_dict(), source.state_dict())
+    monkeypatch.setattr(
+        "timm.models._hub.hf_hub_download", lambda repo_id=None, filename=None, **_: tmp_path / filename
+    )
+    monkeypatch.setattr("timm.models._hub.download_from_hf", lambda model_id, filename, **_: tmp_path / filename)
+    found = timm.create_model("hf-hub:someone/model", pretrained=True)
+    assert_same(found.state_dict(), source.state_dict())
+    # the same folder with the weights in the authors' layout
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(from_native(source.state_dict(), "original")[0], tmp_path / "pytorch_model.bin")
+    assert_same(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).state_dict(), source.state_dict())
+
+
+def test_another_kernel_classes_and_channels(tmp_path, caplog):
+    source = small()
+    path = tmp_path / "model.pth"
+    torch.save(from_native(source.state_dict(), "original")[0], path)
+    options = SMALL | dict(num_classes=4, in_chans=1, kernel_size=5)
+    overlay = dict(file=str(path), num_classes=10)
+    with caplog.at_level(logging.INFO):
+        model = timm.create_model("dinat_mini", pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    rpb = source.state_dict()["levels.1.blocks.0.attn.rpb"]
+    expected = nn.functional.interpolate(rpb[None], size=(9, 9), mode="bicubic")[0]
+    assert torch.equal(model.levels[1].blocks[0].attn.rpb, expected)
+    assert "Resampled levels.1.blocks.0.attn.rpb from (13, 13) to (9, 9)" in caplog.text
+    stem = source.patch_embed.proj[0].weight.sum(1, keepdim=True)
+    torch.testing.assert_close(model.patch_embed.proj[0].weight, stem)
+    assert model(torch.randn(1, 1, 64, 64)).shape == (1, 4)
+    again = timm.create_model("dinat_mini", **options)
+    checkpoints.load_checkpoint(again.eval(), _saved(tmp_path, small(num_classes=4)))
+    torch.testing.assert_close(again.patch_embed.proj[0].weight, stem)
+
+
+def _saved(folder, model, layout="original", name="saved.pth"):
+    checkpoints.save_state_dict(from_native(model.state_dict(), layout)[0], folder / name)
+    return folder / name
+
+
+def test_training_checkpoints_are_unwrapped(tmp_path):
+    source, ema = small(), small(seed=1)
+    path = tmp_path / "last.pth.tar"
+    wrapped = {f"module.{key}": tensor for key, tensor in source.state_dict().items()}
+    torch.save({"state_dict": wrapped, "state_dict_ema": ema.state_dict(), "epoch": 3}, path)
+    model = small(seed=2)
+    checkpoints.load_checkpoint(model, path)
+    assert_same(model.state_dict(), ema.state_dict())
+    assert_same(to_native({"state_dict": wrapped}).tensors, source.state_dict())
+
+
+def refused(tensors, model, says):
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=says):
+        checkpoint_filter_fn(tensors, model)
+    assert_same(model.state_dict(), before)
+
+
+def test_foreign_checkpoints_are_refused():
+    model = small()
+    refused(timm.create_model("resnet10t").state_dict(), model, "not a NAT or DiNAT checkpoint: no patch embedding")
+    swin = timm.create_model("swin_tiny_patch4_window7_224", embed_dim=32, depths=(1, 1), num_heads=(1, 2))
+    refused(swin.state_dict(), model, "unknown keys: .*relative_position_bias_table")
+    refused({"epoch": 3, "weights": "x"}, model, "not a state dict: it holds epoch, weights")
+    refused({}, model, "it holds nothing")
+
+
+def test_another_variant_is_refused_with_both_names():
+    base = timm.create_model("dinat_mini")
+    tiny = timm.create_model("nat_tiny", device="meta").state_dict()
+    says = r"dinat_tiny or nat_tiny \(embed_dim 64, depths 3,4,18,5, .*dinat_mini or nat_mini(.|\n)*72 unknown"
+    refused({key: torch.empty(tensor.shape) for key, tensor in tiny.items()}, base, says.replace("72", r"\d+"))
+    refused(small(layer_scale=1.0).state_dict(), small(), "with layer scale.*without layer scale")
+    refused(small(num_classes=5).state_dict(), small(), "classifier of 5 classes, the model one of 10.*num_classes=5")
+    refused(small(num_classes=0).state_dict(), small(), "no classifier, the model one of 10")
+
+
+def test_incomplete_checkpoints_are_refused():
+    model = small()
+    tensors = dict(model.state_dict())
+    del tensors["levels.2.blocks.1.mlp.fc2.bias"]
+    refused(tensors, model, "1 missing: levels.2.blocks.1.mlp.fc2.bias")
+    with pytest.raises(ValueError, match=r"incomplete or inconsistent:\n  1 missing: levels.2.blocks.1.mlp.fc2.bias"):
+        check_complete(tensors)
+    split, _ = from_native(model.state_dict(), "transformers")
+    del split["dinat.encoder.levels.0.layers.0.attention.self.key.weight"]
+    refused(split, model, "unknown keys: .*query.weight")
+    refused({k: v for k, v in model.state_dict().items() if "levels.1." not in k}, model, "lacks levels.1.blocks.0")
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
+def test_truncated_files_are_refused(tmp_path, name):
+    path = _saved(tmp_path, small(), name=name)
+    path.write_bytes(path.read_bytes()[:-1000])
+    model = small(seed=1)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"cannot read .*{name}(.|\n)*truncated(.|\n)*Fetch it again"):
+        checkpoints.load_checkpoint(model, path)
+    assert_same(model.state_dict(), before)
+
+
+class _Stranger:
+    pass
+
+
+def test_files_that_run_code_are_refused(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save({"state_dict": small().state_dict(), "hook": _Stranger()}, path)
+    with pytest.raises(ValueError, match="holds Python objects"):
+        checkpoints.read_state_dict(path)
+    with pytest.raises(FileNotFoundError, match="no such checkpoint file"):
+        checkpoints.read_state_dict(tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize("target", ["transformers", "original", "backbone", "timm"])
+def test_convert(tmp_path, capsys, target):
+    source = small()
+    path = _saved(tmp_path, source)
+    middle, back = tmp_path / f"{target}.safetensors", tmp_path / "back.pth"
+    assert main(["convert", str(path), str(middle), "--to", target]) == 0
+    report = capsys.readouterr().out
+    assert "the authors' files" in report
+    assert "dinat.classifier" not in report or target == "transformers"
+    if target == "transformers":
+        assert "encoder.levels.{i}.layers.{j}.attention.self.{query,key,value}.{p}" in report
+    assert main(["convert", str(middle), str(back)]) == 0
+    expected = source.state_dict()
+    if target == "backbone":
+        assert "left out: head.fc.weight, head.fc.bias" in report
+        expected = {key: tensor for key, tensor in expected.items() if not key.startswith("head")}
+    assert_same(checkpoints.read_state_dict(back), expected)
+
+
+def test_convert_makes_a_folder_for_timm(tmp_path, capsys):
+    source = randomize(timm.create_model("nat_mini"))
+    path = _saved(tmp_path, source, "nat", "nat.bin")
+    assert main(["convert", str(path), str(tmp_path / "folder"), "--model", "nat_mini"]) == 0
+    assert json.loads((tmp_path / "folder" / "config.json").read_text())["architecture"] == "nat_mini"
+    assert_same(
+        timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).state_dict(), source.state_dict()
+    )
+    assert main(["convert", str(path), str(tmp_path / "other")]) == 2
+    assert "--model" in capsys.readouterr().err
+
+
+def test_convert_refuses(tmp_path, capsys):
+    tensors = small().state_dict() | {"ema_decay": torch.zeros(1)}
+    save_file({k: v.clone() for k, v in tensors.items()}, tmp_path / "a.safetensors")
+    assert main(["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "b.pth")]) == 2
+    assert "unknown keys: ema_decay" in capsys.readouterr().err
+    path = _saved(tmp_path, small())
+    assert main(["convert", str(path), str(tmp_path / "b.npz")]) == 2
+    assert ".safetensors, .pth" in capsys.readouterr().err
+    assert main(["convert", str(path), str(path)]) == 2
+    assert "b.pth" not in [p.name for p in tmp_path.iterdir()]

@@ -1,0 +1,146 @@
+"""The commands that run a model: `classify` and `digits`."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from dinat_triton.cli import main
+from dinat_triton.commands import classify, digits
+from dinat_triton.models.checkpoints import from_native, save_state_dict
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    classify.drawn_image().save(path)
+    return path
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    class Session:
+        def head(self, *args, **options):
+            raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/nonexistent")
+
+
+def test_random_weights_run_when_told_so(picture, capsys):
+    assert main(["classify", str(picture), "--weights", "random", "--top", "3"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("dinat_mini with random weights, 224 x 224, center crop")
+    assert len([line for line in out.splitlines() if " %  " in line]) == 3
+    assert "mean nothing" in out
+
+
+def test_without_network_it_says_so_and_stops(offline, picture, capsys):
+    assert main(["classify", str(picture)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "no weights of dinat_mini from the hub" in captured.err
+    assert "--weights FILE" in captured.err
+    assert main(["classify", "--or-random"]) == 0
+    assert "random weights" in capsys.readouterr().out
+
+
+def test_weights_of_a_file(tmp_path, picture, capsys):
+    """The classifier is made to answer class 281, a tabby, to whatever it sees."""
+    model = timm.create_model("nat_mini")
+    with torch.no_grad():
+        model.head.fc.bias[281] = 100
+    path = tmp_path / "model.bin"
+    save_state_dict(from_native(model.state_dict(), "transformers")[0], path)
+    assert main(["classify", str(picture), str(picture), "--model", "nat_mini", "--weights", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("100.00 %    281  tabby") == 2
+    assert f"weights of {path}" in out
+    assert "mean nothing" not in out
+
+
+def test_transforms_are_the_authors_or_the_hubs(monkeypatch, tmp_path, capsys):
+    """On a wide image with a bright border, cropping the centre drops the border and squashing keeps it."""
+    pixels = np.zeros((256, 512, 3), np.uint8)
+    pixels[:, :64] = 255
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    seen = []
+
+    class Spy(torch.nn.Module):
+        num_classes = 10
+        pretrained_cfg = timm.get_pretrained_cfg("dinat_mini").to_dict()
+        default_cfg = pretrained_cfg
+
+        def forward(self, x):
+            seen.append(x)
+            return torch.zeros(1, 10)
+
+    monkeypatch.setattr(classify, "build", lambda *arguments: (Spy(), "weights of a test"))
+    for crop in ("center", "squash"):
+        assert main(["classify", str(tmp_path / "wide.png"), "--crop", crop]) == 0
+    center, squash = seen
+    assert center.shape == squash.shape == (1, 3, 224, 224)
+    assert (center > 0).sum() == 0
+    assert 0.1 < (squash > 0).float().mean() < 0.15
+    black = -torch.tensor([0.485, 0.456, 0.406]) / torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close(center[0, :, 100, 100], black)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--model", "resnet"], "no model 'resnet'"),
+        (["--weights", "missing.pth"], "no such checkpoint file: missing.pth"),
+        (["missing.png", "--weights", "random"], "missing.png"),
+        (["--top", "0"], "--top must be at least 1"),
+    ],
+)
+def test_refused(arguments, says, capsys):
+    assert main(["classify", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_image(tmp_path, capsys):
+    (tmp_path / "notes.png").write_text("hello")
+    assert main(["classify", str(tmp_path / "notes.png"), "--weights", "random"]) == 2
+    assert "no image that can be read" in capsys.readouterr().err
+
+
+def test_weights_of_another_variant(tmp_path, capsys):
+    model = timm.create_model("dinat_mini", depths=(1, 1, 1, 1), num_classes=3)
+    save_state_dict(model.state_dict(), tmp_path / "model.pth")
+    assert main(["classify", "--weights", str(tmp_path / "model.pth")]) == 2
+    assert "depths 1,1,1,1" in capsys.readouterr().err
+    backbone = timm.create_model("dinat_mini", num_classes=0)
+    save_state_dict(backbone.state_dict(), tmp_path / "model.pth")
+    assert main(["classify", "--weights", str(tmp_path / "model.pth")]) == 2
+    assert "it is a backbone" in capsys.readouterr().err
+
+
+def test_class_names():
+    names = classify.class_names(1000)
+    assert (len(names), names[207]) == (1000, "golden retriever")
+    assert len(classify.class_names(21841)) == 21841
+    assert classify.class_names(3)[2] == "class 2"
+
+
+def test_digits_trains_and_draws(tmp_path, capsys):
+    assert main(["digits", "--epochs", "3", "--output", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    assert "1437 digits to learn, 360 held out" in captured.out
+    assert "100 %" in captured.err
+    assert Image.open(tmp_path / "digits.png").size == (900, 525)
+    model = digits.build()
+    model.load_state_dict(timm.models.load_state_dict(str(tmp_path / "digits.safetensors")))
+    train, test = digits.load(seed=0)
+    assert not set(map(tuple, train.images.flatten(1).tolist())) & set(map(tuple, test.images.flatten(1).tolist()))
+    reported = float(captured.out.split(" % of the held-out")[0].split()[-1])
+    assert digits.accuracy(model, test) == pytest.approx(reported / 100, abs=1e-4)
+    assert reported > 30
+
+
+@pytest.mark.slow
+def test_digits_reaches_its_accuracy(tmp_path, capsys):
+    assert main(["digits", "--output", str(tmp_path)]) == 0
+    assert float(capsys.readouterr().out.split(" % of the held-out")[0].split()[-1]) >= 97

@@ -1,0 +1,375 @@
+"""The model family: sizes, options, features, initialisation, training."""
+
+import math
+import subprocess
+import sys
+from copy import deepcopy
+
+import pytest
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import group_parameters
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import dinat_triton as dt
+
+# Millions of parameters, as published; the first two exactly.
+PARAMETERS = {
+    "nat_mini": 19.984174,
+    "dinat_mini": 19.984174,
+    "nat_tiny": 27.902,
+    "nat_small": 50.743,
+    "nat_base": 89.770,
+    "dinat_tiny": 27.902,
+    "dinat_small": 50.720,
+    "dinat_base": 89.770,
+    "dinat_large": 200.944,
+    "dinat_large_384": 200.944,
+    "dinat_large_384_11x11": 201.144,
+    "dinat_s_tiny": 28.288,
+    "dinat_s_small": 49.606,
+    "dinat_s_base": 87.768,
+    "dinat_s_large": 196.532,
+    "dinat_s_large_384": 196.532,
+    "nat_isotropic_small": 22.000,
+    "nat_isotropic_base": 86.466,
+    "dinat_isotropic_small": 22.000,
+    "dinat_isotropic_base": 86.466,
+}
+T = [[1, 8, 1], [1, 4, 1, 4], [1, 2] * 9, [1] * 5]
+SMALL = dict(embed_dim=32, depths=(1, 2, 2, 1), num_classes=10)
+
+
+def small(name="dinat_mini", **options):
+    torch.manual_seed(0)
+    return timm.create_model(name, **(SMALL | options))
+
+
+def dilations_of(model):
+    return [[block.attn.window[4] for block in level.blocks] for level in model.levels]
+
+
+def test_every_variant_is_registered_once():
+    modules = ("dinat", "dinat_s", "isotropic")
+    names = [name for module in modules for name in timm.list_models(module=module)]
+    assert sorted(names) == sorted(PARAMETERS)
+    code = (
+        "import warnings; warnings.simplefilter('error', UserWarning); import dinat_triton, dinat_triton.models.dinat"
+    )
+    code += "; import dinat_triton.models.isotropic, timm; timm.create_model('dinat_s_tiny', device='meta')"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_count(name):
+    model = timm.create_model(name, device="meta")
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 6 if "mini" in name else 3) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("nat_mini", [[1] * 3, [1] * 4, [1] * 6, [1] * 5]),
+        ("dinat_mini", [[1, 8, 1], [1, 4, 1, 4], [1, 2] * 3, [1] * 5]),
+        ("dinat_tiny", T),
+        ("dinat_large_384", [[1, 13, 1], [1, 6, 1, 6], [1, 3] * 9, [1] * 5]),
+        ("dinat_large_384_11x11", T),
+        ("dinat_s_tiny", [[1, 8], [1, 4], [1, 2] * 3, [1, 1]]),
+        ("dinat_s_large_384", [[1, 13], [1, 6], [1, 3] * 9, [1, 1]]),
+        ("dinat_isotropic_base", [[1], [2]] * 6),
+        ("nat_isotropic_small", [[1]] * 12),
+    ],
+)
+def test_published_dilations_are_the_largest_that_fit(name, expected):
+    model = timm.create_model(name, device="meta")
+    assert dilations_of(model) == expected
+    if not name.startswith("nat"):
+        size = model.default_cfg["input_size"][-1]
+        assert dilations_of(timm.create_model(name, device="meta", dilations="auto", img_size=size)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("coco", [[1, 28, 1], [1, 7, 1, 14], [1, 3, 1, 5, 1, 7] * 3, [1, 3, 1, 3, 1]]),
+        ("ade20k", [[1, 16, 1], [1, 4, 1, 8], [1, 2, 1, 3, 1, 4] * 3, [1, 2, 1, 2, 1]]),
+        (
+            "ade20k_640",
+            [[1, 20, 1], [1, 5, 1, 10], [1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5], [1, 2, 1, 2, 1]],
+        ),
+        ("mask2former", [[1, 14, 1], [1, 4, 1, 7], [1, 2, 1, 3] * 4 + [1, 3], [1] * 5]),
+    ],
+)
+def test_dilations_of_dense_prediction_are_a_keyword_away(name, expected):
+    assert dilations_of(timm.create_model("dinat_tiny", dilations=name, device="meta")) == expected
+
+
+@pytest.mark.parametrize("name", ["dinat_mini", "dinat_s_tiny"])
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (97, 131)])
+def test_any_size_works(name, size):
+    model = small(name).eval()
+    with torch.no_grad():
+        features = model.forward_features(torch.randn(2, 3, *size))
+    assert features.shape == (2, math.ceil(size[0] / 32), math.ceil(size[1] / 32), 256)
+    assert features.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "image"),
+    [
+        (dict(patch_size=2), (3, 32, 48)),
+        (dict(patch_size=8), (3, 64, 64)),
+        (dict(patch_size=16), (3, 128, 128)),
+        (dict(in_chans=1), (1, 32, 32)),
+        (dict(kernel_size=5, dilations="auto", img_size=(64, 96)), (3, 64, 96)),
+        (dict(dilations=[[1, 2], 1, [(1, 3), 1], 2], depths=(2, 1, 2, 1)), (3, 64, 64)),
+        (dict(depths=(1, 1), num_heads=(2, 4), qkv_bias=False, layer_scale=1e-3), (3, 32, 32)),
+        (dict(global_pool="max", num_classes=3), (3, 32, 32)),
+    ],
+)
+def test_options(options, image):
+    model = small(**options).eval()
+    assert model(torch.randn(1, *image)).shape == (1, options.get("num_classes", 10))
+
+
+def test_isotropic_options():
+    model = timm.create_model("dinat_isotropic_small", depth=4, dilations="auto", img_size=448, device="meta")
+    assert dilations_of(model) == [[1], [4]] * 2
+    model = timm.create_model("dinat_isotropic_small", depth=2, embed_dim=64, patch_size=8, num_classes=5)
+    assert model(torch.randn(1, 3, 60, 50)).shape == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        (dict(dilations=[[1], [1]]), ValueError, r"dilations must hold .* depths \(1, 2, 2, 1\)"),
+        (dict(dilations=[[1], [1, 2, 3], [1, 1], [1]]), ValueError, r"dilations must hold .* \[1, 2, 3\]"),
+        (dict(dilations="auto"), ValueError, "pass img_size"),
+        (dict(dilations="pascal"), ValueError, "'coco'.*'pascal'"),
+        (dict(dilations=[0, 1, 1, 1]), ValueError, "dilation must be at least 1"),
+        (dict(patch_size=6), ValueError, "patch_size must be 2, 4, 8 or 16, got 6"),
+        (dict(num_heads=(1, 2)), ValueError, "num_heads must have one value per level"),
+        (dict(num_heads=(3, 3, 3, 3)), ValueError, "num_heads must divide embed_dim"),
+        (dict(window_size=7), TypeError, "window_size"),
+        (dict(weight_init="zeros"), ValueError, "weight_init"),
+    ],
+)
+def test_refused_options(options, error, says):
+    with pytest.raises(error, match=says):
+        small(**options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "says"),
+    [
+        ((1, 1, 64, 64), r"image must be \[batch, 3, height, width\].*1, 1, 64, 64"),
+        ((3, 64, 64), r"image must be \[batch, 3, height, width\]"),
+        ((1, 3, 64, 31), "image must be at least 32 x 32, got 64 x 31"),
+    ],
+)
+def test_refused_images(shape, says):
+    with pytest.raises(ValueError, match=says):
+        small()(torch.randn(shape))
+
+
+def test_preprocessing():
+    for name, size, crop in (("dinat_mini", 224, 0.875), ("dinat_large_384", 384, 1.0), ("dinat_s_tiny", 224, 0.875)):
+        config = timm.data.resolve_data_config(model=timm.create_model(name, device="meta"))
+        assert config["input_size"] == (3, size, size)
+        assert (config["crop_pct"], config["interpolation"]) == (crop, "bicubic")
+        assert (config["mean"], config["std"]) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+
+def test_features_in_either_format():
+    x = torch.randn(1, 3, 97, 131)
+    nhwc = small(features_only=True).eval()(x)
+    nchw = small(features_only=True, output_fmt="NCHW").eval()(x)
+    assert [f.shape[-1] for f in nhwc] == [32, 64, 128, 256]
+    assert [tuple(f.shape[1:3]) for f in nhwc] == [(25, 33), (13, 17), (7, 9), (4, 5)]
+    for a, b in zip(nhwc, nchw, strict=True):
+        torch.testing.assert_close(a.permute(0, 3, 1, 2), b)
+    some = small(features_only=True, out_indices=(1, 3))
+    assert (some.feature_info.channels(), some.feature_info.reduction()) == ([64, 256], [8, 32])
+    torch.testing.assert_close(some.eval()(x)[0], nhwc[1])
+
+
+def test_features_have_norms_of_their_own():
+    x = torch.randn(2, 3, 64, 64)
+    model = small(features_only=True, feature_norms=True, output_fmt="NCHW", out_indices=(1, 2, 3))
+    features = model(x)
+    for feature in features:
+        torch.testing.assert_close(feature.mean(1), torch.zeros_like(feature[:, 0]), atol=1e-5, rtol=0)
+    sum(f.pow(2).sum() for f in features).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    assert sum("feature_norms" in n for n, _ in model.named_parameters()) == 4  # of levels 1 and 2; 3 has the final one
+    pruned = small(features_only=True, feature_norms=True, out_indices=(0, 1)).eval()
+    whole = small(feature_norms=True).eval()
+    expected = whole.forward_intermediates(x, indices=[0, 1], norm=True, output_fmt="NHWC", intermediates_only=True)
+    torch.testing.assert_close(pruned(x), expected)
+
+
+def test_initialisation_is_the_authors_and_repeatable():
+    torch.manual_seed(3)
+    model = timm.create_model("dinat_mini")
+    for name, parameter in model.named_parameters():
+        if name.endswith(".rpb") or (parameter.ndim == 2 and name.endswith("weight")):
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.1), name
+            assert parameter.mean().abs().item() < 4 * 0.02 / math.sqrt(parameter.numel()), name
+        elif "norm" in name and name.endswith("weight"):
+            assert (parameter == 1).all(), name
+        elif parameter.ndim == 1 and "patch_embed.proj" not in name:
+            assert (parameter == 0).all(), name
+    torch.manual_seed(3)
+    again = timm.create_model("dinat_mini")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    scaled = timm.create_model("nat_small", device="meta")
+    assert scaled.levels[0].blocks[0].ls1.init_values == 1e-5
+
+
+def test_weights_can_be_initialised_later():
+    model = small(device="meta").to_empty(device="cpu")
+    torch.manual_seed(0)
+    model.init_weights()
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert model.levels[0].blocks[0].attn.rpb.std().item() == pytest.approx(0.02, rel=0.3)
+
+
+@pytest.mark.parametrize("name", ["dinat_mini", "dinat_s_tiny"])
+def test_every_parameter_gets_a_gradient(name):
+    model = small(name, layer_scale=0.1)
+    model(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.abs().sum() > 0, parameter_name
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model = small(drop_path_rate=0.0)
+    x = torch.randn(2, 3, 48, 64)
+    grads = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_low_precision():
+    model = small().eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            autocast = model(x)
+        low = deepcopy(model).bfloat16()(x.bfloat16())
+    assert low.dtype == torch.bfloat16
+    for found in (autocast.float(), low.float()):
+        assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_autocast_trains():
+    model = small()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(torch.randn(2, 3, 64, 64)).float().square().mean()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_drop_path_rises_linearly():
+    model = small(drop_path_rate=0.5)
+    rates = [
+        block.drop_path1.drop_prob
+        for level in model.levels
+        for block in level.blocks
+        if hasattr(block.drop_path1, "drop_prob")
+    ]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    x = torch.randn(4, 3, 64, 64)
+    torch.manual_seed(1)
+    first = model(x)
+    assert not torch.equal(first, model(x))
+    assert torch.equal(model.eval()(x), model(x))
+
+
+def test_parameter_groups():
+    model = small()
+    assert {name for name, _ in model.named_parameters() if name.endswith("rpb")} == model.no_weight_decay()
+    layers = group_parameters(model, model.group_matcher(), reverse=True)
+    order = ["patch_embed.norm.weight", "levels.0.blocks.0.attn.rpb", "levels.1.blocks.1.mlp.fc1.bias"]
+    order += ["levels.3.blocks.0.norm1.weight", "norm.weight"]
+    assert sorted(layers[name] for name in order) == [layers[name] for name in order]
+    assert len(set(layers.values())) == 6 + 2  # a layer per block, the stem, and the rest
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.75)
+    scales = {group["lr_scale"] for group in optimizer.param_groups}
+    assert max(scales) == 1.0
+    assert min(scales) == pytest.approx(0.75 ** (len(scales) - 1))
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert not any(name.endswith(("rpb", "bias")) or "norm" in name for name in decayed)
+
+
+def test_training_with_ema_lowers_the_loss():
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "dinat_mini", embed_dim=32, depths=(1, 1), kernel_size=3, num_classes=2, drop_path_rate=0.1
+    )
+    ema = ModelEmaV3(model, decay=0.9)
+    optimizer = create_optimizer_v2(model, "adamw", lr=2e-3, weight_decay=0.05)
+    y = torch.arange(16) % 2
+    x = 0.5 * torch.randn(16, 3, 32, 32) + (2.0 * y - 1)[:, None, None, None] * torch.linspace(-1, 1, 32)
+    losses = []
+    for _ in range(15):
+        loss = nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        ema.update(model)
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+    assert not torch.equal(ema.module.head.fc.weight, model.head.fc.weight)
+    assert ema.module(x).shape == (16, 2)
+
+
+def test_pruning_keeps_the_features():
+    model = small().eval()
+    x = torch.randn(1, 3, 64, 64)
+    taps = model.forward_intermediates(x, intermediates_only=True)
+    pruned = deepcopy(model)
+    pruned.prune_intermediate_layers([1])
+    assert len(pruned.levels) == 2
+    torch.testing.assert_close(pruned.forward_intermediates(x, indices=[1], intermediates_only=True)[0], taps[1])
+    with pytest.raises(AssertionError):
+        model.forward_intermediates(x, output_fmt="NLC")
+
+
+def test_reset_classifier():
+    model = small().eval()
+    x = torch.randn(1, 3, 64, 64)
+    model.reset_classifier(7)
+    assert model(x).shape == (1, 7)
+    model.reset_classifier(0)
+    torch.testing.assert_close(model(x), model.forward_features(x).mean((1, 2)))
+    model.reset_classifier(0, "")
+    assert model(x).shape == (1, 2, 2, 256)
+
+
+def test_backends_agree():
+    model = small().eval()
+    x = torch.randn(1, 3, 97, 64)
+    with torch.no_grad(), dt.use_backend("reference"):
+        expected = model(x)
+    with torch.no_grad(), dt.use_backend("tiled"):
+        torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_compile_and_export():
+    model = small(depths=(1, 1), dilations=[[2], [1]]).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
