@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
+# Processes side by side: threads that spin while they wait would only take each other's cores.
+QUIET := OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0
 
-.PHONY: help demo test test-slow test-gpu test-timm lint bench figures wheel clean
+.PHONY: help demo test test-slow test-timm test-gpu lint bench figures notebooks wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -26,13 +28,20 @@ $(VENV)/natten: $(VENV)/made
 demo: $(VENV)/made ## what runs here, checked against float64 and timed side by side
 	@echo "== Running the demo"
 	@$(BIN)/dinat-triton demo
+	@echo "== Naming what a picture shows with dinat_mini; without a network its weights are random, and it says so"
+	@$(BIN)/dinat-triton classify --or-random
 
 test: $(VENV)/natten ## the tests, under 10 minutes on two cores
-	@echo "== Running the tests"
-	@$(BIN)/python -m pytest
+	@echo "== Running the tests: two processes, one thread each"
+	@$(QUIET) $(BIN)/python -m pytest -n 2 --ignore=tests/kernels
+	@echo "== Running the Triton kernels under the interpreter"
+	@$(QUIET) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/kernels
 
 test-slow: $(VENV)/natten ## long sweeps
-	@$(BIN)/python -m pytest -m "slow and not gpu"
+	@$(QUIET) $(BIN)/python -m pytest -n 2 --ignore=tests/kernels -m "slow and not gpu"
+
+test-timm: $(VENV)/made ## timm's own model tests over all models
+	@$(QUIET) $(BIN)/python tests/timm_contract.py
 
 test-gpu: $(VENV)/made ## the tests that need a GPU
 	@$(BIN)/python -m pytest -m gpu
@@ -44,11 +53,17 @@ lint: $(VENV)/made ## ruff and mypy
 	@$(BIN)/mypy
 
 bench: $(VENV)/natten ## the CPU benchmark, side by side with its peers
-	@$(BIN)/python bench/cpu.py
+	@$(BIN)/python -m bench.cpu
+	@$(BIN)/python -m bench.models
+
+figures: $(VENV)/made ## the pictures of this README
+	@$(BIN)/python notebooks/figures.py
+
+notebooks: $(VENV)/made ## run the notebooks and store their outputs
+	@$(BIN)/python bench/notebooks.py
 
 wheel: $(VENV)/made ## the wheel, in dist/
-	@$(UV) build
-	@$(BIN)/python -m build --wheel --installer uv
+	@$(BIN)/uv build --wheel --quiet && ls dist/*.whl
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info
