@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dinat_triton.dispatch import NAMES, why_not
 from dinat_triton.functional import na2d
+from dinat_triton.progress import ProgressBar
 
 # A DiNAT-Mini layer each: what it is, map, heads, dilation. Head dim 32, kernel 7.
 LAYERS = (
@@ -65,12 +66,11 @@ def run(args: argparse.Namespace) -> int:
     )
     print("output and of all gradients, relative positional bias included, against the reference in float64.\n")
     rows, worst = [], 0.0
-    progress = Progress(len(LAYERS) * len(backends))
+    progress = ProgressBar(len(LAYERS) * len(backends))
     for title, size, heads, dilation in LAYERS:
         inputs = _inputs(args.batch, size, heads, dilation, device)
         exact = inputs.to(dtype=torch.float64).forward_backward("reference")
         for backend in backends:
-            progress.step(f"{title}: {backend}")
             error = max(_relative(a, b) for a, b in zip(inputs.forward_backward(backend), exact, strict=True))
             with torch.no_grad():
                 forward = _time(lambda b=backend, i=inputs: i.forward(b), args.repeats, device)
@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
                 (title, f"{size}x{size}", str(dilation), backend, f"{error:.1e}", f"{forward:.2f}", f"{both:.2f}")
             )
             worst = max(worst, error)
-    progress.clear()
+            progress.step(f"{title}: {backend}")
+    progress.close()
     _table(("layer", "map", "dilation", "backend", "error", "forward ms", "+ backward ms"), rows)
     if not worst < TOLERANCE:
         print(f"\nFAILED: the largest error is {worst:.1e}, allowed are {TOLERANCE:.0e}", file=sys.stderr)
@@ -124,23 +125,6 @@ def _time(call: Callable[[], object], repeats: int, device: torch.device) -> flo
             torch.cuda.synchronize()
         times.append(1e3 * (perf_counter() - start))
     return median(times[2:])
-
-
-class Progress:
-    """A progress bar on one line of a terminal; silent elsewhere."""
-
-    def __init__(self, total: int):
-        self.total, self.done, self.shown = total, 0, sys.stderr.isatty()
-
-    def step(self, what: str) -> None:
-        bar = "#" * round(20 * self.done / self.total)
-        if self.shown:
-            print(f"\r\033[K[{bar:<20}] {what}", end="", file=sys.stderr, flush=True)
-        self.done += 1
-
-    def clear(self) -> None:
-        if self.shown:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

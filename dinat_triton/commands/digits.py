@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dinat_triton.progress import ProgressBar
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -149,27 +150,3 @@ def draw(history: list[Epoch], path: Path) -> None:
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path, dpi=150)
-
-
-class ProgressBar:
-    """A line that is rewritten on a terminal, and written ten times elsewhere."""
-
-    WIDTH = 30
-
-    def __init__(self, total: int):
-        self.total, self.done, self.start = total, 0, time.monotonic()
-        self.every = 1 if sys.stderr.isatty() else max(1, total // 10)
-
-    def step(self, text: str) -> None:
-        self.done += 1
-        if self.done % self.every == 0:
-            filled = self.WIDTH * self.done // self.total
-            left = (time.monotonic() - self.start) * (self.total - self.done) / self.done
-            bar = f"[{'#' * filled:{self.WIDTH}}] {100 * self.done // self.total:3} % {left:3.0f} s left  {text}"
-            print(f"\r\033[K{bar}" if self.every == 1 else bar, end="", file=sys.stderr, flush=True)
-            if self.every > 1:
-                print(file=sys.stderr)
-
-    def close(self) -> None:
-        if self.every == 1:
-            print(file=sys.stderr)
