@@ -79,8 +79,9 @@ def backward(
     table = bias.table(rpb, problem.layout.index, geometry, problem.dtype)
     grad_table = torch.zeros_like(table)
     for group in problem.groups():
-        qt, do = (problem.gather(x, group.rows).to(problem.dtype) for x in (q, grad_out))
-        kt, vt = (problem.gather(x, group.columns).to(problem.dtype) for x in (k, v))
+        # Contiguous, because each goes into two products, and each product would copy it.
+        qt, do = (problem.gather(x, group.rows).to(problem.dtype).contiguous() for x in (q, grad_out))
+        kt, vt = (problem.gather(x, group.columns).to(problem.dtype).contiguous() for x in (k, v))
         p = problem.logits(qt, kt, group, table).softmax(-1)
         problem.add(problem.drop(p, group).mT @ do, group, grad_v)
         dp = problem.drop(do @ vt.mT, group)

@@ -7,6 +7,7 @@ import platform
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from time import perf_counter
 
@@ -65,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
         f"\nDiNAT-Mini layers, kernel {KERNEL}, float32, batch {args.batch}. Error: the largest relative error of the"
     )
     print("output and of all gradients, relative positional bias included, against the reference in float64.\n")
-    rows, worst = [], 0.0
+    rows: list[tuple[str, ...]] = []
+    worst = 0.0
     progress = ProgressBar(len(LAYERS) * len(backends))
     for title, size, heads, dilation in LAYERS:
         inputs = _inputs(args.batch, size, heads, dilation, device)
@@ -73,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
         for backend in backends:
             error = max(_relative(a, b) for a, b in zip(inputs.forward_backward(backend), exact, strict=True))
             with torch.no_grad():
-                forward = _time(lambda b=backend, i=inputs: i.forward(b), args.repeats, device)
-            both = _time(lambda b=backend, i=inputs: i.forward_backward(b), args.repeats, device)
+                forward = _time(partial(inputs.forward, backend), args.repeats, device)
+            both = _time(partial(inputs.forward_backward, backend), args.repeats, device)
             rows.append(
                 (title, f"{size}x{size}", str(dilation), backend, f"{error:.1e}", f"{forward:.2f}", f"{both:.2f}")
             )
