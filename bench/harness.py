@@ -52,6 +52,8 @@ class Record:
     reason: str | None = None
     ratios: dict[str, float] = field(default_factory=dict)
     """Of our records: time of each peer over ours."""
+    work: dict[str, float] = field(default_factory=dict)
+    """Bytes and operations that any implementation needs, and the floor in milliseconds that follows."""
 
     def to_dict(self) -> dict[str, Any]:
         timing = None if self.timing is None else {k: round(v, 5) for k, v in vars(self.timing).items()}
@@ -63,7 +65,7 @@ class Record:
             "dtype": self.dtype,
             "ms": timing,
             "reason": self.reason,
-        } | ({"ratios": ratios} if ratios else {})
+        } | {name: found for name, found in (("ratios", ratios), ("work", self.work)) if found}
 
 
 def add_ratios(records: Sequence[Record], ours: str) -> None:
@@ -128,6 +130,7 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
     return {
         "device": device_name(device),
         "device_type": device.type,
+        "driver": driver_version() if device.type == "cuda" else None,
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "load_before": load_average(),
@@ -157,6 +160,14 @@ def cpu_name() -> str:
     except OSError:
         found = None
     return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def driver_version() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
 
 
 def default_path(device: str | torch.device, bench: str) -> Path:

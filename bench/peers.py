@@ -260,6 +260,28 @@ def _block_mask(problem: Problem, device: torch.device, mask_mod: Callable[..., 
     )
 
 
+def prepare_sdpa(problem: Problem, inputs: Inputs) -> Call:
+    """Full attention under a bias that is written out for every pair of tokens, -inf outside the window."""
+    keys, pairs = neighbors(problem, inputs.query.device)
+    heads, tokens = problem.heads, problem.tokens
+    keys, pairs = keys.expand(heads, -1, -1), pairs.flatten()
+
+    def call() -> Tensor:
+        query, key, value = (x.flatten(1, -3).transpose(1, 2) for x in (inputs.query, inputs.key, inputs.value))
+        near = inputs.rpb.flatten(1).index_select(1, pairs).view(keys.shape)
+        bias = near.new_full((heads, tokens, tokens), -torch.inf).scatter(2, keys, near)
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return out.transpose(1, 2).view_as(inputs.query)
+
+    return call
+
+
+def sdpa_obstacle(inputs: Inputs, most: int = 4 << 30) -> str | None:
+    heads, tokens = inputs.query.shape[-2], math.prod(inputs.query.shape[1:-2])
+    needed = heads * tokens**2 * inputs.query.element_size()
+    return f"its bias would take {needed / 2**30:.0f} GiB" if needed > most else None
+
+
 def flex_obstacle(inputs: Inputs) -> str | None:
     if inputs.query.device.type == "cpu" and inputs.query.requires_grad:
         return "FlexAttention has no backward on the CPU"
@@ -294,9 +316,12 @@ PEERS = (
     Peer("gather-tuned", prepare_gather_tuned),
 )
 
+# Too slow for a CPU.
+SDPA = Peer("sdpa", prepare_sdpa, sdpa_obstacle)
+
 
 def find(names: Sequence[str]) -> list[Peer]:
-    known = {peer.name: peer for peer in PEERS}
+    known = {peer.name: peer for peer in (*PEERS, SDPA)}
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"unknown peers {', '.join(unknown)}; there are {', '.join(known)}")

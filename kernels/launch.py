@@ -23,7 +23,7 @@ from dinat_triton.kernels.backward import (
 from dinat_triton.kernels.forward import forward_kernel
 from dinat_triton.kernels.layout import Layout, layout_of
 from dinat_triton.kernels.tiles import table_kernel
-from dinat_triton.kernels.tuning import architecture_of, choose_config, choose_plan, padded
+from dinat_triton.kernels.tuning import Architecture, architecture_of, choose_config, choose_plan, padded
 
 # Multiply and add in one instruction; what Triton does by default differs from version to version.
 FUSION = {"enable_fp_fusion": True}
@@ -77,8 +77,6 @@ def schedule(problem: Problem, name: str) -> Schedule:
     # Powers of two, so that batches of any size share few layouts.
     tiles_per_run = 1 << max(0, (items // problem.batch).bit_length() - 1)
     layout = layout_of(plan, tiles_per_run, problem.wide, problem.device)
-    # Triton lays all warps along one side of a chunk; more than that side has room for would repeat each other's work.
-    room = layout.rows // 16 if layout.rows >= plan.chunk else plan.chunk // 8
     options = {
         "D": problem.dim,
         "DV": problem.value_dim,
@@ -87,11 +85,19 @@ def schedule(problem: Problem, name: str) -> Schedule:
         "ROWS": layout.rows,
         "CHUNK": plan.chunk,
         "PRECISION": problem.precision,
-        "num_warps": min(config.warps, room),
+        "num_warps": min(config.warps, _room(architecture, layout.rows, plan.chunk)),
         "num_stages": config.stages,
     } | FUSION
+    if architecture.is_amd:
+        options["matrix_instr_nonkdim"] = 16
     grid = (len(layout.runs) * heads, triton.cdiv(problem.batch, batch_step))
     return Schedule(layout, batch_step, grid, options)
+
+
+def _room(architecture: Architecture, rows: int, chunk: int) -> int:
+    """Warps among which Triton can share a chunk out. It lays them all along one side; more would repeat work."""
+    along_rows = architecture.is_amd or rows >= chunk
+    return rows // 16 if along_rows else chunk // 8
 
 
 @lru_cache(maxsize=512)

@@ -44,6 +44,15 @@ class Config:
     stages: int = 2
     programs: int = 8
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        for name, least in (("rows", 16), ("chunk", 16), ("one_chunk", 16), ("warps", 1)):
+            value = getattr(self, name)
+            if value < least or value & (value - 1):
+                raise ValueError(f"{name} must be a power of two of at least {least}, got {value}")
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -52,6 +61,10 @@ class Architecture:
     name: str  # sm_90, gfx942, ...
     shared_memory: int  # bytes that one program may use
     multiprocessors: int
+
+    @property
+    def is_amd(self) -> bool:
+        return self.name.startswith("gfx")
 
 
 @lru_cache
@@ -74,9 +87,10 @@ def rule(name: str, dim: int, bits: int) -> Config:
         dim: The larger of the head dims, padded to a power of two.
         bits: Width of the dtype.
     """
-    wide = dim * bits > 64 * 16
-    if name == "query_backward":
-        return Config(rows=16, chunk=32 if wide else 128, one_chunk=64 if wide else 128, stages=1)
+    wide = bits == 32 or dim > (32 if name == "closed_backward" else 64)
+    # With fewer channels than rows Triton would lay warps along the rows, of which there are too few.
+    if name == "query_backward" and dim > 16:
+        return Config(rows=16, chunk=32 if wide else 128, one_chunk=32 if wide else 128, stages=1)
     return Config(rows=16 if wide else 64, chunk=32, one_chunk=32 if wide else 64, stages=1)
 
 
@@ -97,7 +111,7 @@ def load_table(architecture: str) -> dict[str, dict[str, int]]:
         configs = json.loads(path.read_text())["configs"]
         for entry in configs.values():
             Config(**entry)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         warnings.warn(f"ignoring the tuned table {path}: {error!r}; the general rule is used instead", stacklevel=2)
         return {}
     return configs

@@ -70,6 +70,19 @@ def test_the_wheel_works_without_triton(wheel: Path, tmp_path: Path) -> None:
     assert "the package triton is not installed" in printed
 
 
+def test_attention_works_without_timm_and_says_what_is_missing(tmp_path: Path) -> None:
+    code = HIDE_TRITON.replace('"triton"', '"timm"') + (
+        "import warnings, torch\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    import dinat_triton as dt\n"
+        "x = torch.randn(1, 6, 1, 4)\n"
+        "assert dt.na1d(x, x, x, 3).shape == x.shape\n"
+        "print([str(w.message) for w in caught if 'timm' in str(w.message)])\n"
+    )
+    assert "the models are not registered: they need timm >= 1.0.31" in python(code)
+
+
 def test_our_folders_do_not_shadow_other_distributions() -> None:
     """With the root on the path, transformers must not take `kernels/` for the hub's package of that name."""
     assert not (ROOT / "kernels" / "__init__.py").exists()

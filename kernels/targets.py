@@ -1,0 +1,106 @@
+"""What the supported GPUs allow, and how fast they are at best: for whatever plans without one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from triton.backends.compiler import GPUTarget
+
+from dinat_triton.kernels.tuning import Architecture
+
+KIB, GIGA, TERA = 1 << 10, 1e9, 1e12
+
+
+@dataclass(frozen=True)
+class Target:
+    """One architecture, in the shape of its largest common GPU.
+
+    Attributes:
+        shared: Bytes of shared memory that one program may use.
+        shared_total: And that all programs of a multiprocessor share.
+        threads: That a multiprocessor holds.
+        registers: 32-bit registers of a multiprocessor; a thread's share is counted in steps of eight.
+        memory: Bytes per second that a copy reaches.
+        cache: Bytes per second out of L2.
+        products: 16-bit multiply-adds of the matrix units count twice, per second.
+        products32: The same in float32, without matrix units.
+        exps: Base-2 exponentials per second.
+        issues: Instructions per second, of a warp each.
+    """
+
+    name: str
+    gpu: str
+    multiprocessors: int
+    shared: int
+    shared_total: int
+    threads: int
+    clock: float
+    memory: float
+    cache: float
+    products: float
+    products32: float
+    exps_per_clock: int = 16
+    nearest_per_clock: int = 128
+    issues_per_clock: int = 4
+    registers: int = 65536
+
+    @property
+    def is_amd(self) -> bool:
+        return self.name.startswith("gfx")
+
+    @property
+    def warp(self) -> int:
+        return 64 if self.name.startswith("gfx9") else 32
+
+    @property
+    def exps(self) -> float:
+        return self.multiprocessors * self.exps_per_clock * self.clock
+
+    @property
+    def nearest_cache(self) -> float:
+        """Bytes per second out of all L1 caches."""
+        return self.multiprocessors * self.nearest_per_clock * self.clock
+
+    @property
+    def issues(self) -> float:
+        return self.multiprocessors * self.issues_per_clock * self.clock
+
+    @property
+    def triton(self) -> GPUTarget:
+        if self.is_amd:
+            return GPUTarget("hip", self.name, self.warp)
+        return GPUTarget("cuda", int(self.name.removeprefix("sm_")), self.warp)
+
+    @property
+    def architecture(self) -> Architecture:
+        return Architecture(self.name, self.shared, self.multiprocessors)
+
+
+# Vendors' figures; memory at nine tenths of them, as copies reach; caches as microbenchmarks publish them.
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("sm_80", "A100 80GB", 108, 163 * KIB, 164 * KIB, 2048, 1.41 * GIGA, 1.83 * TERA, 4.5 * TERA, 312 * TERA,
+               19.5 * TERA),
+        Target("sm_86", "RTX 3090", 82, 99 * KIB, 100 * KIB, 1536, 1.70 * GIGA, 0.84 * TERA, 2.0 * TERA, 71 * TERA,
+               35.6 * TERA),
+        Target("sm_89", "RTX 4090", 128, 99 * KIB, 100 * KIB, 1536, 2.52 * GIGA, 0.91 * TERA, 4.0 * TERA, 165 * TERA,
+               82.6 * TERA),
+        Target("sm_90", "H200", 132, 227 * KIB, 228 * KIB, 2048, 1.83 * GIGA, 4.3 * TERA, 6.0 * TERA, 800 * TERA,
+               67 * TERA),
+        Target("sm_100", "B200", 148, 227 * KIB, 228 * KIB, 2048, 1.85 * GIGA, 7.2 * TERA, 9.0 * TERA, 2250 * TERA,
+               75 * TERA),
+        Target("sm_120", "RTX 5090", 170, 99 * KIB, 100 * KIB, 1536, 2.41 * GIGA, 1.6 * TERA, 5.0 * TERA, 210 * TERA,
+               105 * TERA),
+        Target("gfx942", "MI300X", 304, 64 * KIB, 64 * KIB, 2048, 2.10 * GIGA, 4.3 * TERA, 9.0 * TERA, 1300 * TERA,
+               163 * TERA, nearest_per_clock=64, registers=131072),
+        Target("gfx1100", "RX 7900 XTX", 96, 64 * KIB, 64 * KIB, 1536, 2.50 * GIGA, 0.86 * TERA, 3.0 * TERA, 122 * TERA,
+               61 * TERA, issues_per_clock=2, registers=98304),
+    )
+}  # fmt: skip
+
+
+def find_target(name: str) -> Target:
+    if name not in TARGETS:
+        raise ValueError(f"arch must be one of {', '.join(TARGETS)}, got {name!r}")
+    return TARGETS[name]

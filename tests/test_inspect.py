@@ -1,0 +1,212 @@
+"""What the compilers make of the shipped configs, with no GPU at hand, and whether the gate would notice."""
+
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+
+from dinat_triton import cli
+from dinat_triton.kernels import tuning
+from dinat_triton.kernels.estimate import estimate, record
+from dinat_triton.kernels.inspect import Code, Launch, Report, complaints, distinct, inspect, loop_lengths
+from dinat_triton.kernels.targets import TARGETS
+from dinat_triton.kernels.tuning import PASSES, Config, choose_config, load_table, rule
+from dinat_triton.layers import layers_of
+
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernels are interpreted")
+
+GATED = ("sm_80", "sm_90", "sm_100", "gfx942")
+DENSE, SLIDING = (next(x for x in layers_of("dinat_mini@224") if x.name == f"224/56x56-d{d}") for d in (8, 1))
+
+
+def run_inspect(*arguments: str, out: Path) -> tuple[int, list[dict[str, Any]]]:
+    code = cli.main(["inspect", *arguments, "--jobs", "2", "--json", str(out)])
+    return code, json.loads(out.read_text())["studies"]
+
+
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, dict[str, Any]]]:
+    code, studies = run_inspect("--arch", *GATED, out=tmp_path_factory.mktemp("inspect") / "found.json")
+    return code, {study["arch"]: study for study in studies}
+
+
+def test_no_shipped_kernel_has_a_complaint(gate: tuple) -> None:
+    code, studies = gate
+    found = {arch: [c for k in study["kernels"] for c in k["complaints"]] for arch, study in studies.items()}
+    assert found == {arch: [] for arch in GATED}
+    assert code == 0
+
+
+@pytest.mark.parametrize("arch", GATED)
+def test_every_pass_is_compiled_and_reads_wide(arch: str, gate: tuple) -> None:
+    kernels = gate[1][arch]["kernels"]
+    assert {k["kernel"].removesuffix("_kernel") for k in kernels} >= {*PASSES, "table", "sum_programs", "fold_bias"}
+    for kernel in kernels:
+        assert kernel["shared"] <= TARGETS[arch].shared
+        if kernel["kernel"].removesuffix("_kernel") in PASSES:
+            assert kernel["loads"].get("16"), f"{kernel['kernel']} reads no 16 bytes at once"
+            assert kernel["matrix"]
+            assert kernel["exps"] >= kernel["expected_exps"] > 0
+            assert kernel["programs"] >= 2
+
+
+def test_hopper_multiplies_with_wgmma(gate: tuple) -> None:
+    wide = [k for k in gate[1]["sm_90"]["kernels"] if k["constants"].get("ROWS", 0) >= 64]
+    assert wide
+    assert all(k["matrix"].get("wgmma") for k in wide)
+
+
+@pytest.mark.parametrize("arch", GATED)
+def test_estimates_name_what_binds(arch: str, gate: tuple) -> None:
+    estimates = gate[1][arch]["estimates"]
+    assert len(estimates) == 2 * sum(len(layers_of(f"dinat_mini@{x}")) for x in ("224", "384", "coco"))
+    for found in estimates:
+        assert found["us"] >= found["best_us"] > 0.9 * found["floor_us"] * 7 / 8
+        for limits, binding in zip(found["limits_us"], found["binds"], strict=True):
+            assert limits[binding] == max(limits.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [arch for arch in TARGETS if not arch.startswith("gfx")])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_all_other_head_dims(arch: str, dtype: str, tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    dims = ("16", "32", "64", "128", "256")
+    _, studies = run_inspect("--arch", arch, "--dtype", dtype, "--dim", *dims, out=out)
+    for study in studies:
+        for kernel in study["kernels"]:
+            # ptxas gives up a few bytes for one more program; what it cannot hold at all is far more.
+            assert kernel["spills"] <= 32, (study["dim"], kernel)
+            assert all("spills" in complaint for complaint in kernel["complaints"]), (study["dim"], kernel)
+
+
+# Whether the gate would notice
+
+
+def one_report(launch: Launch, arch: str = "sm_90") -> Report:
+    return inspect(launch, TARGETS[arch])
+
+
+@pytest.fixture(scope="module")
+def forward_report() -> Report:
+    launches, _ = record(DENSE, TARGETS["sm_90"], torch.bfloat16, 128)
+    return one_report(next(x for x in launches if x.name == "forward"))
+
+
+def test_a_config_that_spills_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """From a planted table through to the exit code."""
+    planted = Config(rows=64, one_chunk=64, warps=1, stages=1)
+    (tmp_path / "sm_90.json").write_text(json.dumps({"configs": {"closed_backward/32/16": asdict(planted)}}))
+    monkeypatch.setattr(tuning, "TABLES", tmp_path)
+    arguments = ("--pass", "closed_backward", "--layers", "dinat_mini@224")
+    try:
+        for cache in (choose_config, load_table):
+            cache.cache_clear()
+        code, studies = run_inspect(*arguments, out=tmp_path / "found.json")
+    finally:
+        for cache in (choose_config, load_table):
+            cache.cache_clear()
+    assert code == 1
+    assert any("spills" in c for kernel in studies[0]["kernels"] for c in kernel["complaints"])
+    assert "! closed_backward 64x64 w1 s1 spills" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        ({"spills": 8}, "spills 8 bytes"),
+        ({"shared": 1 << 20}, "needs 1048576 bytes of shared memory, sm_90 has 232448"),
+        ({"exps": 64}, "computes 64 exponentials per thread instead of 32"),
+        ({"matrix": {"mma.sync": 16}}, "has no wgmma"),
+    ],
+)
+def test_each_thing_that_can_go_wrong_is_named(changed: dict, complaint: str, forward_report: Report) -> None:
+    assert complaints(forward_report, TARGETS["sm_90"]) == []
+    assert complaints(replace(forward_report, **changed), TARGETS["sm_90"]) == [complaint]
+
+
+def test_other_gpus_and_small_tiles_need_no_wgmma(forward_report: Report) -> None:
+    assert complaints(replace(forward_report, matrix={"mma.sync": 16}), TARGETS["sm_80"]) == []
+
+
+# How it finds out
+
+
+def test_launches_are_those_of_the_backend() -> None:
+    launches, steps = record(SLIDING, TARGETS["sm_90"], torch.bfloat16, 128)
+    names = [launch.name for launch in launches]
+    assert names[:2] == ["table", "forward"]
+    assert {"query_backward", "sum_programs", "fold_bias", "key_backward"} <= set(names)
+    assert [step.name for step in steps] == [name for name in names if name in PASSES]
+    config = choose_config("forward", 32, 16, "sm_90")
+    forward = steps[0].launch
+    assert forward.constants["HAS_BIAS"]
+    assert not forward.constants["ONE_CHUNK"]
+    assert forward.constants["ROWS"] <= config.rows
+    assert forward.options["num_stages"] == config.stages
+    assert forward.options["enable_fp_fusion"]
+    assert len(distinct(launches)) < len(launches)
+
+
+def test_recording_leaves_no_trace() -> None:
+    driver = triton.runtime.driver._active
+    record(DENSE, TARGETS["gfx942"], torch.bfloat16, 1)
+    assert triton.runtime.driver._active is driver
+    assert triton.knobs.runtime.jit_cache_hook is None
+    assert torch.version.hip is None
+
+
+def test_loops_are_found_by_their_branches() -> None:
+    code = Code(["a", "b", "EX2", "c", "bra", "EX2", "bra", "exit"], [(2, 4), (1, 6)])
+    assert loop_lengths(code, "EX2") == {"exps": 1, "chunk_length": 3, "item_length": 3}
+    assert loop_lengths(Code(["a", "EX2"], []), "EX2") == {"exps": 1, "chunk_length": 2, "item_length": 0}
+
+
+def test_an_estimate_is_the_work_over_the_rates(forward_report: Report) -> None:
+    target = TARGETS["sm_90"]
+    _, steps = record(DENSE, target, torch.bfloat16, 128)
+    step = next(s for s in steps if s.name == "forward")
+    limits = step.limits(forward_report, target)
+    tokens = 128 * 2 * 56 * 56
+    assert limits["memory"] == pytest.approx((4 * 64 + 4) * tokens / target.memory)
+    scores = 64 / 49 * 64 * tokens
+    assert limits["exps"] == pytest.approx(scores / target.exps)
+    assert limits["products"] == pytest.approx(2 * 2 * scores * 32 / target.products)
+    found = estimate([step], {step.launch: forward_report}, target)[0]
+    assert math.isclose(found["best_us"], 1e6 * max(limits.values()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dim", "300"], "--dim between 1 and 256"),
+        (["--jobs", "0"], "at least 1"),
+        (["--layers", "dinat_mini@225"], "layers must be one of"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["inspect", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_architecture_is_refused(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["inspect", "--arch", "sm_77"])
+    assert "sm_77" in capsys.readouterr().err
+
+
+def test_the_interpreter_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
+        record(DENSE, TARGETS["sm_90"], torch.bfloat16, 1)
+
+
+def test_the_rule_is_known_for_every_pass() -> None:
+    assert all(isinstance(rule(name, 32, 16), Config) for name in PASSES)
