@@ -1,0 +1,263 @@
+"""NATTEN's names, in the spellings of its versions, against the formulas, and a module as the NAT repository has it."""
+
+import inspect
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dinat_triton as dt
+from dinat_triton.integrations import natten, natten_0_14
+from tests.oracles import brute, sampling
+from tests.oracles import natten as oracle
+
+SAMPLES = sampling.samples(24, seed=5, max_tokens=60, strided=False)
+EXTRA = 3
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def brute_hoods(sample: sampling.Sample) -> list[tuple[list[int], list[tuple[int, ...]], list[int]]]:
+    """Per query: its keys, their places in the bias, and their slots in the row-major window of the full kernel."""
+    arguments = (sample.shape, sample.kernel_size, sample.dilation, sample.stride, sample.is_causal)
+    axes = [brute.windows(*axis) for axis in zip(*arguments, strict=True)]
+    slots = []
+    for query in itertools.product(*axes):
+        points = itertools.product(*(range(len(positions)) for positions, _ in query))
+        slots.append([int(np.ravel_multi_index(point, sample.kernel_size)) for point in points])
+    hoods = brute.neighborhoods(*arguments)
+    return [(keys, pairs, own) for (keys, pairs), own in zip(hoods, slots, strict=True)]
+
+
+def brute_scores(query: Tensor, key: Tensor, rpb: Tensor | None, sample: sampling.Sample) -> Tensor:
+    """The definition of the scores, query by query. Slots that a causal window lacks are -inf."""
+    q, k = (x.flatten(2, -2) for x in (query, key))
+    rows = []
+    for token, (keys, pairs, slots) in enumerate(brute_hoods(sample)):
+        row = torch.einsum("bhd,bhkd->bhk", q[:, :, token], k[:, :, keys])
+        if rpb is not None:
+            row = row + torch.stack([rpb[(slice(None), *pair)] for pair in pairs], -1)
+        empty = row.new_full((*row.shape[:2], math.prod(sample.kernel_size)), -torch.inf)
+        rows.append(empty.index_copy(2, torch.tensor(slots), row))
+    return torch.stack(rows, 2).unflatten(2, sample.shape)
+
+
+def brute_values(attn: Tensor, value: Tensor, sample: sampling.Sample) -> Tensor:
+    weights, v = (x.flatten(2, -2) for x in (attn, value))
+    rows = [
+        torch.einsum("bhk,bhkd->bhd", weights[:, :, token, slots], v[:, :, keys])
+        for token, (keys, _, slots) in enumerate(brute_hoods(sample))
+    ]
+    return torch.stack(rows, 2).unflatten(2, sample.shape)
+
+
+def assert_same(ours: Tensor, theirs: Tensor, leaves: list[Tensor]) -> None:
+    """Values, and the gradients of all leaves; -inf is nobody's."""
+    torch.testing.assert_close(ours, theirs)
+    weights = torch.randn_like(theirs)
+    grads = [
+        torch.autograd.grad((out.masked_fill(out.isinf(), 0) * weights).sum(), leaves, materialize_grads=True)
+        for out in (ours, theirs)
+    ]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_scores_and_values_follow_the_formulas(rank: int) -> None:
+    qk, av = getattr(natten, f"na{rank}d_qk"), getattr(natten, f"na{rank}d_av")
+    for sample in (s for s in SAMPLES if s.rank == rank):
+        query, key, value = (leaf(2, 2, *sample.shape, 4) for _ in range(3))
+        rpb = leaf(2, *(2 * k - 1 for k in sample.kernel_size))
+        window = {"kernel_size": sample.kernel_size, "dilation": sample.dilation, "is_causal": sample.is_causal}
+        expected = brute_scores(query, key, rpb, sample)
+        assert_same(qk(query, key, **window, rpb=rpb), expected, [query, key, rpb])
+        assert_same(qk(query, key, **window), brute_scores(query, key, None, sample), [query, key])
+
+        attn = expected.detach().softmax(-1).requires_grad_()
+        assert_same(av(attn, value, **window), brute_values(attn, value, sample), [attn, value])
+
+
+def test_both_steps_are_the_fused_function() -> None:
+    """With a softmax between them, also with additional keys, which join the softmax of every query."""
+    for sample in SAMPLES[:9]:
+        rank = sample.rank
+        query, key, value = (leaf(1, 2, *sample.shape, 4) for _ in range(3))
+        keys, values = leaf(1, 2, EXTRA, 4), leaf(1, 2, EXTRA, 4)
+        window = {"dilation": sample.dilation, "is_causal": sample.is_causal}
+        qk, av = getattr(natten, f"na{rank}d_qk"), getattr(natten, f"na{rank}d_av")
+        attn = qk(query * 0.3, key, sample.kernel_size, additional_keys=keys, **window).softmax(-1)
+        expected = av(attn, value, sample.kernel_size, additional_values=values, **window)
+
+        last = [x.movedim(1, -2) for x in (query, key, value)]
+        extra = {"additional_keys": keys.movedim(1, -2), "additional_values": values.movedim(1, -2)}
+        fused = getattr(natten, f"na{rank}d")(*last, sample.kernel_size, scale=0.3, **window, **extra)
+        torch.testing.assert_close(fused.movedim(-2, 1), expected)
+        leaves = [query, key, value, keys, values]
+        grads = [torch.autograd.grad(out.square().sum(), leaves) for out in (fused, expected)]
+        torch.testing.assert_close(*grads)
+
+
+def test_older_names_are_the_same_functions() -> None:
+    query, key, value = torch.randn(3, 1, 2, 5, 6, 7, 4)
+    rpb = torch.randn(2, 3, 5, 5)
+    expected = natten.na3d_qk(query, key, (2, 3, 3), (2, 1, 1), rpb=rpb)
+    for module in (natten, natten_0_14):
+        torch.testing.assert_close(module.natten3dqkrpb(query, key, rpb, 2, 3, 2, 1), expected)
+        attn = module.natten3dqk(query, key, 2, 3, 2, 1).softmax(-1)
+        torch.testing.assert_close(attn, natten.na3d_qk(query, key, (2, 3, 3), (2, 1, 1)).softmax(-1))
+        out = module.natten3dav(attn, value, 2, 3, 2, 1)
+        torch.testing.assert_close(out, natten.na3d_av(attn, value, (2, 3, 3), (2, 1, 1)))
+    torch.testing.assert_close(natten_0_14.na3d_qk_with_bias(query, key, rpb, 2, 3, 2, 1), expected)
+    torch.testing.assert_close(natten_0_14.na3d_qk(query, key, 2, 3, 2, 1).softmax(-1), attn)
+    torch.testing.assert_close(natten_0_14.na3d_av(attn, value, 2, 3, 2, 1), out)
+
+    for rank in (1, 2):
+        query, key, value = torch.randn(3, 2, 2, *(9, 8)[:rank], 4)
+        rpb = torch.randn(2, *[5] * rank)
+        qk, av = getattr(natten, f"na{rank}d_qk"), getattr(natten, f"na{rank}d_av")
+        biased, plain = qk(query, key, 3, 2, rpb=rpb), qk(query, key, 3, 2)
+        for module in (natten, natten_0_14):
+            torch.testing.assert_close(getattr(module, f"natten{rank}dqkrpb")(query, key, rpb, 3, 2), biased)
+            torch.testing.assert_close(getattr(module, f"natten{rank}dqkrpb")(query, key, None, 3, 2), plain)
+            torch.testing.assert_close(getattr(module, f"natten{rank}dqk")(query, key, 3, 2), plain)
+            out = getattr(module, f"natten{rank}dav")(plain.softmax(-1), value, 3, 2)
+            torch.testing.assert_close(out, av(plain.softmax(-1), value, 3, 2))
+        torch.testing.assert_close(getattr(natten_0_14, f"na{rank}d_qk_with_bias")(query, key, rpb, 3, 2), biased)
+
+
+def test_positional_arguments_are_read_in_the_order_of_their_version() -> None:
+    query, key, value = torch.randn(3, 1, 9, 10, 2, 4)
+    rpb = torch.randn(2, 5, 5)
+    plain = {"kernel_size": 3}
+
+    def ours(**options):
+        return dt.na2d(query, key, value, **plain, **options)
+
+    def theirs(*arguments, **options):
+        return natten.na2d(query, key, value, 3, *arguments, **options)
+
+    torch.testing.assert_close(theirs(), ours())
+    torch.testing.assert_close(theirs(1), ours())
+    torch.testing.assert_close(theirs(2, 3), ours(stride=2, dilation=3))
+    torch.testing.assert_close(theirs(2, dilation=3), ours(stride=2, dilation=3))
+    torch.testing.assert_close(theirs((1, 2), (3, 2), (True, False), 0.1), ours(stride=(1, 2), dilation=(3, 2),
+                               is_causal=(True, False), scale=0.1))  # fmt: skip
+    torch.testing.assert_close(theirs(2, True), ours(dilation=2, is_causal=True))
+    torch.testing.assert_close(theirs((2, 3), (False, True)), ours(dilation=(2, 3), is_causal=(False, True)))
+    torch.testing.assert_close(theirs(3, None, rpb, 0.1), ours(dilation=3, rpb=rpb, scale=0.1))
+    torch.testing.assert_close(theirs(3, rpb=rpb), ours(dilation=3, rpb=rpb))
+    torch.testing.assert_close(theirs(dilation=2, backend="cutlass-fna", q_tile_shape=(8, 8)), ours(dilation=2))
+    torch.testing.assert_close(theirs(return_lse=True), ours(return_lse=True))
+    with pytest.raises(TypeError, match=r"na2d got 2 after kernel_size.*dilation=2 or stride=2"):
+        theirs(2)
+    with pytest.raises(TypeError, match="dilation by position and by name"):
+        theirs(1, 2, dilation=2)
+    with pytest.raises(TypeError, match="at most 6 arguments after kernel_size, got 7"):
+        theirs(1, 2, False, None, None, None, None)
+    with pytest.raises(TypeError, match="tile_shape"):
+        theirs(tile_shape=2)
+    with pytest.raises(ValueError, match="must be given together"):
+        theirs(additional_keys=key.flatten(1, 2))
+
+
+class NatModule(nn.Module):
+    """Attention as the NAT repository writes it: it pads, scales the query, and permutes to heads first and back."""
+
+    def __init__(self, functions, dim: int, heads: int, kernel_size: int, dilation: int):
+        super().__init__()
+        self.functions, self.heads, self.kernel_size, self.dilation = functions, heads, kernel_size, dilation
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.rpb = nn.Parameter(torch.randn(heads, 2 * kernel_size - 1, 2 * kernel_size - 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, height, width, dim = x.shape
+        down, right = (max(0, self.kernel_size * self.dilation - n) for n in (height, width))
+        x = nn.functional.pad(x, (0, 0, 0, right, 0, down))
+        qkv = self.qkv(x).reshape(*x.shape[:3], 3, self.heads, dim // self.heads).permute(3, 0, 4, 1, 2, 5)
+        query = qkv[0] * (dim // self.heads) ** -0.5
+        attn = self.functions.natten2dqkrpb(query, qkv[1], self.rpb, self.kernel_size, self.dilation).softmax(-1)
+        out = self.functions.natten2dav(attn, qkv[2], self.kernel_size, self.dilation)
+        return self.proj(out.permute(0, 2, 3, 1, 4).reshape(x.shape)[:, :height, :width])
+
+
+@pytest.mark.parametrize("functions", [natten, natten_0_14])
+@pytest.mark.parametrize("shape", [(9, 10), (4, 12), (3, 5)], ids=["fits", "one axis padded", "padded"])
+def test_a_module_of_the_nat_repository_is_ours(functions, shape: tuple[int, int]) -> None:
+    theirs = NatModule(functions, 16, 2, 3, 3)
+    modules = [
+        dt.NeighborhoodAttention2D(16, 2, 3, dilation=3, rel_pos_bias=True),
+        natten.NeighborhoodAttention2D(dim=16, num_heads=2, kernel_size=3, dilation=3, rel_pos_bias=True),
+        natten_0_14.NeighborhoodAttention2D(16, 2, 3, 3),
+    ]
+    x = torch.randn(2, *shape, 16)
+    weights = torch.randn(2, *shape, 16)
+    expected = theirs(x)
+    (expected * weights).sum().backward()
+    grads = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for ours in modules:
+        ours.load_state_dict(theirs.state_dict())
+        out = ours(x)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        (out * weights).sum().backward()
+        got = {name: parameter.grad for name, parameter in ours.named_parameters()}
+        torch.testing.assert_close(got, {name: grads[name] for name in got}, rtol=1e-3, atol=1e-4)
+
+
+def test_modules_take_the_arguments_of_their_version() -> None:
+    recent = natten.NeighborhoodAttention2D(16, 2, 3, 2, 2, (True, False), False, 0.1, 0.0)
+    assert recent.window == [3, 3, 2, 2, 2, 2, 1, 0]
+    assert recent.scale == 0.1
+    assert set(recent.state_dict()) == {"qkv.weight", "proj.weight", "proj.bias"}
+    older = natten.NeighborhoodAttention1D(16, 2, 3, 2, False, True, attn_drop=0.2)
+    assert older.window == [3, 1, 2, 0]
+    assert older.rpb.shape == (2, 5)
+    assert older.attn_drop == 0.2
+    with pytest.raises(TypeError, match="NeighborhoodAttention2D got 2 after kernel_size"):
+        natten.NeighborhoodAttention2D(16, 2, 3, 2)
+
+    assert natten_0_14.NeighborhoodAttention1D(16, 2, 3, dilation=None).rpb.shape == (2, 5)
+    assert natten_0_14.NeighborhoodAttention1D(16, 2, 3, 2, False).rpb is None
+    deep = natten_0_14.NeighborhoodAttention3D(16, 2, 3, 2, 1, 2)
+    assert deep.window == [2, 3, 3, 1, 1, 1, 2, 1, 1, 0, 0, 0]
+    assert deep.rpb.shape == (2, 3, 5, 5)
+    assert deep(torch.randn(1, 4, 5, 6, 16)).shape == (1, 4, 5, 6, 16)
+
+
+def test_wrong_shapes_are_named() -> None:
+    query = torch.randn(1, 2, 6, 6, 4)
+    with pytest.raises(ValueError, match=r"query of na2d_qk must be \[batch, heads, height, width, dim\]"):
+        natten.na2d_qk(query[0], query[0], 3)
+    with pytest.raises(ValueError, match="kernel_size"):
+        natten.natten2dqkrpb(query, query, None, 3, 3)
+    with pytest.raises(ValueError, match=r"rpb must have shape \(2, 5, 5\), got \(2, 3, 3\)"):
+        natten.natten2dqkrpb(query, query, torch.randn(2, 3, 3), 3, 2)
+    with pytest.raises(ValueError, match=r"attn must have shape \(1, 2, 6, 6, 9\), got \(1, 2, 6, 6, 4\)"):
+        natten.natten2dav(query, query, 3, 2)
+    with pytest.raises(ValueError, match="key must have the batch and map of query"):
+        natten.na2d_qk(query, query[..., :5, :], 3)
+
+
+@pytest.mark.skipif(oracle.available() is not None, reason=str(oracle.available()))
+@pytest.mark.parametrize("name", ["na1d", "na2d", "na3d", *(f"NeighborhoodAttention{rank}D" for rank in (1, 2, 3))])
+def test_all_arguments_of_the_installed_natten_are_known(name: str) -> None:
+    import natten as installed
+
+    function = getattr(installed, name)
+    is_class = inspect.isclass(function)
+    known = set(natten._MODULE_SINCE_0_20 if is_class else natten._SINCE_0_20) | natten._KNOBS
+    known |= {"query", "key", "value", "kernel_size", "embed_dim", "num_heads", "backend", "return_lse"}
+    assert set(inspect.signature(function).parameters) <= known
+
+
+@pytest.mark.skipif(oracle.available() is not None, reason=str(oracle.available()))
+def test_a_positional_call_means_what_it_means_to_natten() -> None:
+    sample = sampling.Sample((9, 10), (3, 4), (2, 2), (2, 3), (True, False))
+    query, key, value = torch.randn(3, 2, 9, 10, 2, oracle.HEAD_DIM)
+    expected = oracle.attention(query, key, value, sample)
+    got = natten.na2d(query, key, value, (3, 4), (2, 3), (2, 2), (True, False), return_lse=True)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
