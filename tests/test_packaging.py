@@ -34,7 +34,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # A copy without links to the working tree's build folder: nothing stale can get in.
     source = out / "source"
     subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(source)], check=True)
-    for name in ("dinat_triton", "kernels", "models"):
+    for name in ("dinat_triton", "kernels", "models", "pyproject.toml"):
         subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
     return out / python(build, cwd=source).splitlines()[-1]
 
