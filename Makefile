@@ -53,14 +53,14 @@ lint: $(VENV)/made ## ruff and mypy
 	@$(BIN)/mypy
 
 bench: $(VENV)/natten ## the CPU benchmark, side by side with its peers
-	@$(BIN)/python -m bench.cpu
-	@$(BIN)/python -m bench.models
+	@$(BIN)/python -m dinat_triton.bench.cpu
+	@$(BIN)/python -m dinat_triton.bench.models
 
 figures: $(VENV)/made ## the pictures of this README
 	@$(BIN)/python notebooks/figures.py
 
 notebooks: $(VENV)/made ## run the notebooks and store their outputs
-	@$(BIN)/python bench/notebooks.py
+	@$(BIN)/python notebooks/execute.py
 
 wheel: $(VENV)/made ## the wheel, in dist/
 	@$(BIN)/uv build --wheel --quiet && ls dist/*.whl

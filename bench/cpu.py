@@ -1,7 +1,7 @@
 """The `tiled` backend on the CPU, side by side with what else computes the layers of DiNAT-Mini there.
 
-python -m bench.cpu            # every layer, a few minutes; most of the first run is spent compiling FlexAttention
-python -m bench.cpu --quick    # two small stages
+python -m dinat_triton.bench.cpu            # every layer, a few minutes, most of them to compile FlexAttention
+python -m dinat_triton.bench.cpu --quick    # two small stages
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 import dinat_triton as dt
-from bench import harness, peers
-from bench.harness import FORWARD, FORWARD_BACKWARD, PASSES, Record
-from bench.peers import Call, Inputs, Peer, Problem
+from dinat_triton.bench import harness, peers
+from dinat_triton.bench.harness import FORWARD, FORWARD_BACKWARD, PASSES, Record
+from dinat_triton.bench.peers import Call, Inputs, Peer, Problem
 
 OURS = "tiled"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -151,9 +151,9 @@ def measure_cell(cell: Cell, chosen: Sequence[Peer], budget: float, progress: Pr
 
 def peak_memory(pass_: str, threads: int) -> dict[str, Any]:
     """Measures in a fresh process, whose allocator gives freed memory back at once: what counts is what is live."""
-    command = [sys.executable, "-m", "bench.cpu", "--measure-memory", pass_, "--threads", str(threads)]
+    command = [sys.executable, "-m", "dinat_triton.bench.cpu", "--measure-memory", pass_, "--threads", str(threads)]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    child = subprocess.run(command, cwd=harness.ROOT, env=environment, capture_output=True, text=True)
+    child = subprocess.run(command, env=environment, capture_output=True, text=True)
     if child.returncode:
         lines = child.stderr.strip().splitlines() or ["no message"]
         return {"pass": pass_, "over_q": None, "reason": lines[-1]}
@@ -293,7 +293,7 @@ def choose_layers(patterns: Sequence[str], batch: int) -> list[Problem]:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.cpu", description="Times the CPU backend and its peers.")
+    parser = argparse.ArgumentParser(prog="dinat_triton.bench.cpu", description="Times the CPU backend and its peers.")
     parser.add_argument("--out", type=Path, help="result file (default: bench/results/<device>/cpu.json)")
     parser.add_argument("--quick", action="store_true", help="two small stages in float32; writes only with --out")
     parser.add_argument(

@@ -1,9 +1,9 @@
 """The Triton backend on a GPU: is it right, is it clean, how fast is it. `bench/gpu_run.sh` runs all of this.
 
-python -m bench.gpu check --out DIR     # every DiNAT layer against float64
-python -m bench.gpu small               # a few small calls, for compute-sanitizer
-python -m bench.gpu time --out DIR      # every layer against its peers
-python -m bench.gpu report --out DIR    # what was found, as a table
+python -m dinat_triton.bench.gpu check --out DIR     # every DiNAT layer against float64
+python -m dinat_triton.bench.gpu small               # a few small calls, for compute-sanitizer
+python -m dinat_triton.bench.gpu time --out DIR      # every layer against its peers
+python -m dinat_triton.bench.gpu report --out DIR    # what was found, as a table
 
 With --dry-run all of it runs on the CPU, on the smallest layers and in Triton's interpreter.
 """
@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 import dinat_triton as dt
-from bench import harness, peers
-from bench.harness import Record, Timing
-from bench.peers import Call, Inputs, Peer, Problem
+from dinat_triton.bench import harness, peers
+from dinat_triton.bench.harness import Record, Timing
+from dinat_triton.bench.peers import Call, Inputs, Peer, Problem
 from dinat_triton.layers import Layer, layers_of
 
 OURS = "triton"
@@ -423,7 +423,7 @@ PARTS = {"check": check, "small": small, "time": time_layers, "report": report}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description="Checks and times the Triton backend.")
+    parser = argparse.ArgumentParser(prog="dinat_triton.bench.gpu", description="Checks and times the Triton backend.")
     parser.add_argument("part", choices=(*PARTS, "where"))
     parser.add_argument("--out", type=Path, help="folder of the results (default: bench/results/<device>)")
     parser.add_argument("--budget", type=float, default=120, help="seconds after which no more is begun (default: 120)")

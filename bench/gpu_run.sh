@@ -37,7 +37,7 @@ if [ ${#dry[@]} -gt 0 ]; then
 else
     unset TRITON_INTERPRET
 fi
-default=$("$python" -m bench.gpu where "${dry[@]}") || exit 2
+default=$("$python" -m dinat_triton.bench.gpu where "${dry[@]}") || exit 2
 out=${out:-$default}
 mkdir -p "$out" || exit 2
 names=() states=() failed=0
@@ -56,7 +56,7 @@ part() {
     names+=("$name") states+=("$state, $((SECONDS - start)) s")
 }
 
-bench=("$python" -m bench.gpu)
+bench=("$python" -m dinat_triton.bench.gpu)
 if [ ${#dry[@]} -gt 0 ]; then
     part tests 60 "$python" -m pytest -q -m gpu --collect-only tests/gpu
 else

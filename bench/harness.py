@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parent
 SCHEMA = 1
 FORWARD, FORWARD_BACKWARD = PASSES = ("forward", "forward+backward")
 
@@ -171,9 +172,10 @@ def driver_version() -> str | None:
 
 
 def default_path(device: str | torch.device, bench: str) -> Path:
-    """Where a benchmark keeps its results: one folder per device."""
+    """Where a benchmark keeps its results: one folder per device, in a checkout or else where the command runs."""
     name = re.sub(r"\((r|tm)\)", "", device_name(torch.device(device)).lower())
-    return ROOT / "bench" / "results" / re.sub(r"[^a-z0-9]+", "-", name).strip("-") / f"{bench}.json"
+    results = FOLDER / "results" if (ROOT / "pyproject.toml").exists() else Path("bench-results")
+    return results / re.sub(r"[^a-z0-9]+", "-", name).strip("-") / f"{bench}.json"
 
 
 def save(path: Path, env: Mapping[str, Any], records: Sequence[Record], **more: Any) -> None:
@@ -214,11 +216,11 @@ def _commit() -> str | None:
     """The commit, marked if the tree differs from it; None outside a repository."""
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", *args], cwd=FOLDER, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         changed = git(
-            "status", "--porcelain", "--untracked-files=no", "--", "dinat_triton", "kernels", "models", "bench"
+            "status", "--porcelain", "--untracked-files=no", "--", ":/dinat_triton", ":/kernels", ":/models", ":/bench"
         )
         return git("rev-parse", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):

@@ -1,7 +1,7 @@
 """Images per second and peak memory of the family against timm's models of the same size, all in one run.
 
-python -m bench.models                     # CPU: batch 1, inference and training step
-python -m bench.models --device cuda       # batch 64, bfloat16 autocast
+python -m dinat_triton.bench.models                     # CPU: batch 1, inference and training step
+python -m dinat_triton.bench.models --device cuda       # batch 64, bfloat16 autocast
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 import dinat_triton  # noqa: F401  (registers the models)
-from bench import harness
-from bench.harness import Record
+from dinat_triton.bench import harness
+from dinat_triton.bench.harness import Record
 
 INFERENCE, TRAINING = PASSES = ("inference", "training")
 # By size, the reference first: what the others' speed and memory are set against.
@@ -92,16 +92,25 @@ def peak_memory(name: str, pass_: str, args: argparse.Namespace) -> int | None:
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated()
-    command = [sys.executable, "-m", "bench.models", "--measure-memory", name, pass_, "--batch", str(args.batch)]
+    command = [
+        sys.executable,
+        "-m",
+        "dinat_triton.bench.models",
+        "--measure-memory",
+        name,
+        pass_,
+        "--batch",
+        str(args.batch),
+    ]
     command += ["--threads", str(args.threads)] + ["--autocast"] * args.autocast
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    child = subprocess.run(command, cwd=harness.ROOT, env=environment, capture_output=True, text=True, check=False)
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     return int(child.stdout.split()[-1]) if child.returncode == 0 else None
 
 
 def measure_memory(name: str, pass_: str, args: argparse.Namespace) -> int:
     """In the child: the resident set of a step at its highest, over that of torch and timm alone."""
-    from bench.cpu import _peak
+    from dinat_triton.bench.cpu import _peak
 
     gc.collect()
     return _peak(lambda: prepare(name, pass_, args)())

@@ -3,7 +3,7 @@
 Every candidate is compiled for the architecture as the layers of DiNAT would launch it, dropped if the inspector
 complains about any of its kernels, and ranked by the estimate. What a GPU measured beats what this finds.
 
-python -m bench.search_configs --arch sm_90 sm_80 --dim 32 64 --bits 16
+python -m dinat_triton.bench.search_configs --arch sm_90 sm_80 --dim 32 64 --bits 16
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def write(name: str, found: dict[str, dict[str, int]], folder: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.search_configs", description="Finds configs offline.")
+    parser = argparse.ArgumentParser(prog="dinat_triton.bench.search_configs", description="Finds configs offline.")
     parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90", "sm_100", "gfx942"], choices=TARGETS)
     parser.add_argument("--dim", type=int, nargs="+", default=[32], choices=(16, 32, 64, 128, 256))
     parser.add_argument("--bits", type=int, nargs="+", default=[16], choices=DTYPES)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, harness
-from bench.harness import Record, Timing
+from dinat_triton.bench import gpu, harness
+from dinat_triton.bench.harness import Record, Timing
 
 SCRIPT = harness.ROOT / "bench" / "gpu_run.sh"
 PROBLEM = gpu.problem_of(gpu.layers_of("dinat_mini@224")[0], 128, "dinat_mini@224")

@@ -10,7 +10,7 @@ nbformat = pytest.importorskip("nbformat", reason="the notebooks extra is not in
 pytest.importorskip("nbclient", reason="the notebooks extra is not installed")
 pytest.importorskip("ipykernel", reason="the notebooks extra is not installed")
 
-from bench.notebooks import FOLDER, execute  # noqa: E402
+from notebooks.execute import FOLDER, execute  # noqa: E402
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 PLACES = re.compile(r"/(?:home|root|usr|opt|tmp|work|Users|mnt|var)/|[A-Z]:\\\\|site-packages|0x[0-9a-f]{8}")

@@ -34,7 +34,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # A copy without links to the working tree's build folder: nothing stale can get in.
     source = out / "source"
     subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(source)], check=True)
-    for name in ("dinat_triton", "kernels", "models", "pyproject.toml"):
+    for name in ("dinat_triton", "kernels", "models", "bench", "pyproject.toml"):
         subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
     return out / python(build, cwd=source).splitlines()[-1]
 
@@ -44,13 +44,12 @@ def test_the_wheel_is_small_and_complete(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"dinat_triton"}
-    for part in ("kernels/forward.py", "models/dinat.py", "explore/page.html", "py.typed", "integrations/__init__.py"):
-        assert f"dinat_triton/{part}" in names
+    parts = ("kernels/forward.py", "models/dinat.py", "bench/harness.py", "explore/page.html", "py.typed")
+    assert {f"dinat_triton/{part}" for part in parts} <= set(names)
     packaged = {n for n in names if n.startswith("dinat_triton/")}
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "dinat_triton").rglob("*.py")}
-    sources |= {
-        f"dinat_triton/{p.relative_to(ROOT)}" for d in ("kernels", "models") for p in (ROOT / d).glob("**/*.py")
-    }
+    linked = ("kernels", "models", "bench")
+    sources |= {f"dinat_triton/{p.relative_to(ROOT)}" for folder in linked for p in (ROOT / folder).glob("**/*.py")}
     sources |= {f"dinat_triton/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").glob("**/*.json")}
     assert sources <= packaged
 

@@ -1,7 +1,7 @@
 """Runs the notebooks and stores their outputs, small and the same on every machine.
 
-python bench/notebooks.py                    # all of them
-python bench/notebooks.py 02_receptive_field
+python notebooks/execute.py                    # all of them
+python notebooks/execute.py 02_receptive_field
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import nbformat
 from nbclient import NotebookClient
 from PIL import Image
 
-FOLDER = Path(__file__).parent.parent / "notebooks"
+FOLDER = Path(__file__).parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
 COLOURS = 128
 
