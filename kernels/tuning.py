@@ -1,4 +1,8 @@
-"""Which plan and which launch options a kernel gets: a shipped table per architecture, or a rule safe anywhere.
+"""Which plan and which launch options a kernel gets: tuned by the user, out of the shipped tables, or by a rule.
+
+A table has configs of a pass, head dim and width, `forward/32/16`, and configs of single geometries with about so many
+maps (batch * heads), `forward/32/16/56x56-k7x7-d8x8/256`, which go first. Tables that `dinat-triton tune` wrote for the
+device or its architecture go before the shipped one, and the rule, safe on any GPU, comes last.
 
 A choice is made once per problem and cached; nothing is compiled or timed to make it.
 """
@@ -10,14 +14,21 @@ import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 
+from dinat_triton import tuned
 from dinat_triton.geometry import Geometry
 from dinat_triton.plan import Plan, tile_candidates
 
 TABLES = Path(__file__).parent / "tuned"
+# What decides how fast a config is.
+SOURCES = (
+    "plan.py",
+    *(f"kernels/{name}.py" for name in ("forward", "backward", "tiles", "layout", "launch", "tuning")),
+)
 PASSES = ("forward", "closed_backward", "query_backward", "key_backward")
 # One loaded token of one head weighs as much as this many scores per channel byte: the cache's bandwidth against the
 # rate of exponentials, on the data-center GPUs alike.
@@ -61,6 +72,7 @@ class Architecture:
     name: str  # sm_90, gfx942, ...
     shared_memory: int  # bytes that one program may use
     multiprocessors: int
+    device: str = ""  # NVIDIA H200, ...; empty where the architecture is all that is known
 
     @property
     def is_amd(self) -> bool:
@@ -76,7 +88,7 @@ def architecture_of(device: torch.device) -> Architecture:
     shared = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
     nvidia = f"sm_{properties.major}{properties.minor}"
     name = properties.gcnArchName.split(":")[0] if torch.version.hip else nvidia
-    return Architecture(name, shared, properties.multi_processor_count)
+    return Architecture(name, shared, properties.multi_processor_count, properties.name)
 
 
 def rule(name: str, dim: int, bits: int) -> Config:
@@ -95,26 +107,63 @@ def rule(name: str, dim: int, bits: int) -> Config:
 
 
 @lru_cache(maxsize=512)
-def choose_config(name: str, dim: int, bits: int, architecture: str) -> Config:
-    """The shipped config of a pass for an architecture, or the rule's."""
-    entry = load_table(architecture).get(f"{name}/{dim}/{bits}")
-    return rule(name, dim, bits) if entry is None else Config(**entry)
+def choose_config(
+    name: str, dim: int, bits: int, architecture: str, device: str = "", geometry: Geometry | None = None, maps: int = 1
+) -> Config:
+    """The config of a pass: the user's, or the shipped one, or the rule's.
+
+    Args:
+        name: The pass, one of PASSES.
+        dim: The larger of the head dims, padded to a power of two.
+        bits: Width of the dtype.
+        architecture: sm_90, gfx942, ...
+        device: Name of the device, if there is one.
+        geometry: Whose own configs to look for; without one, only those for all geometries.
+        maps: Batch times heads.
+    """
+    key = f"{name}/{dim}/{bits}"
+    for table in (load_user_table(device), load_user_table(architecture), load_table(architecture)):
+        own = None if geometry is None else tuned.nearest(table, f"{key}/{tuned.geometry_key(geometry)}", maps)
+        found = own or table.get(key)
+        if found is not None:
+            return found
+    return rule(name, dim, bits)
+
+
+def config_of(entry: Any) -> Config:
+    """A config out of a table's entry."""
+    return Config(**entry)
+
+
+def user_table(device: str) -> tuned.Table:
+    """Where `dinat-triton tune` keeps the configs of a device, or of an architecture that it only modelled."""
+    return tuned.Table("configs", device, f"triton {triton.__version__}", SOURCES, config_of)
 
 
 @lru_cache
-def load_table(architecture: str) -> dict[str, dict[str, int]]:
+def load_user_table(device: str) -> dict[str, Config]:
+    """The user's configs for a device or an architecture, empty where there are none of use."""
+    return user_table(device).read() if device else {}
+
+
+@lru_cache
+def load_table(architecture: str) -> dict[str, Config]:
     """The shipped table, empty where there is none; one that cannot be read is ignored with a warning."""
     path = TABLES / f"{architecture}.json"
     if not path.exists():
         return {}
     try:
         configs = json.loads(path.read_text())["configs"]
-        for entry in configs.values():
-            Config(**entry)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return {key: config_of(entry) for key, entry in configs.items()}
+    except tuned.BROKEN as error:
         warnings.warn(f"ignoring the tuned table {path}: {error!r}; the general rule is used instead", stacklevel=2)
         return {}
-    return configs
+
+
+def forget_tables() -> None:
+    """Reads all tables anew when they are next asked for."""
+    for cache in (choose_config, load_user_table, load_table):
+        cache.cache_clear()
 
 
 def padded(n: int) -> int:
@@ -122,17 +171,25 @@ def padded(n: int) -> int:
     return max(16, triton.next_power_of_2(n))
 
 
-@lru_cache(maxsize=512)
+def plan_cost(plan: Plan, token_bytes: int) -> float:
+    """Modelled time of a plan, in scores: those that it evaluates, and what its tiles load and store."""
+    cost = plan.cost()
+    return cost.scores + 2 * (cost.queries + cost.col_loads) * token_bytes * SCORES_PER_BYTE / 2
+
+
 def choose_plan(geometry: Geometry, config: Config, token_bytes: int, transposed: bool = False) -> Plan:
     """The plan with the least modelled time among the tiles that fit the config's rows."""
+    return _choose_plan(geometry, config.rows, config.chunk, config.one_chunk, token_bytes, transposed)
 
+
+# Room for all that a search over many configs compares.
+@lru_cache(maxsize=4096)
+def _choose_plan(
+    geometry: Geometry, most_rows: int, chunk: int, one_chunk: int, token_bytes: int, transposed: bool
+) -> Plan:
     def candidate(tile: tuple[int, ...]) -> Plan:
         rows, columns = Plan(geometry, tile, transposed=transposed).largest
-        chunk = padded(columns) if columns <= config.one_chunk else config.chunk
-        return Plan(geometry, tile, padded(rows), chunk, transposed)
+        width = padded(columns) if columns <= one_chunk else chunk
+        return Plan(geometry, tile, padded(rows), width, transposed)
 
-    def cost(plan: Plan) -> float:
-        c = plan.cost()
-        return c.scores + 2 * (c.queries + c.col_loads) * token_bytes * SCORES_PER_BYTE / 2
-
-    return min(map(candidate, tile_candidates(geometry, config.rows)), key=cost)
+    return min(map(candidate, tile_candidates(geometry, most_rows)), key=lambda plan: plan_cost(plan, token_bytes))

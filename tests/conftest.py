@@ -1,9 +1,21 @@
 """Fixtures that every test can use."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 
-from dinat_triton import dispatch
+from dinat_triton import dispatch, tuned
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_tuned_tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What somebody tuned on this machine must not decide a test, and no test may write there."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("tuned")
+        patch.setenv(tuned.ENVIRONMENT, str(folder))
+        yield folder
 
 
 @pytest.fixture(autouse=True)

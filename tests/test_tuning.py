@@ -1,4 +1,4 @@
-"""The choice of launch options: shipped tables over a rule that always answers."""
+"""The choice of launch options: the user's tables over shipped ones, over a rule that always answers."""
 
 import json
 import warnings
@@ -7,25 +7,28 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
+from dinat_triton import tuned
+from dinat_triton.geometry import Geometry
 from dinat_triton.kernels import tuning
 from dinat_triton.kernels.targets import TARGETS
-from dinat_triton.kernels.tuning import PASSES, Config, choose_config, load_table, rule
+from dinat_triton.kernels.tuning import PASSES, Config, choose_config, forget_tables, rule, user_table
 from dinat_triton.layers import SETTINGS, layers_of
 
 TABLES = sorted(tuning.TABLES.glob("*.json"))
+GEOMETRY = Geometry((56, 56), (7,), (8,))
+OTHER = Geometry((56, 56), (7,), (1,))
 
 
 @pytest.fixture
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder in place of the shipped tables."""
-    caches = (choose_config, load_table)
+    """An empty folder in place of the shipped tables, and another in place of the user's."""
     monkeypatch.setattr(tuning, "TABLES", tmp_path)
-    for cache in caches:
-        cache.cache_clear()
+    monkeypatch.setenv(tuned.ENVIRONMENT, str(tmp_path / "user"))
+    forget_tables()
     yield tmp_path
-    for cache in caches:
-        cache.cache_clear()
+    forget_tables()
 
 
 @pytest.mark.parametrize("name", PASSES)
@@ -68,6 +71,85 @@ def test_a_corrupt_table_is_named_and_ignored(text: str, tables: Path) -> None:
         assert choose_config("forward", 32, 16, "sm_77") == rule("forward", 32, 16)
 
 
+def write(device: str, rows: dict[str, int]) -> None:
+    """Puts configs into the user's table that differ by their rows."""
+    user_table(device).update({key: asdict(Config(rows=n)) for key, n in rows.items()})
+
+
+def ship(arch: str, rows: dict[str, int], folder: Path) -> None:
+    (folder / f"{arch}.json").write_text(json.dumps({"configs": {k: asdict(Config(rows=n)) for k, n in rows.items()}}))
+
+
+def test_the_user_goes_before_what_ships_and_the_exact_before_the_general(tables: Path) -> None:
+    exact = "forward/32/16/56x56-k7x7-d8x8/256"
+    chosen = []
+
+    def choose(geometry: Geometry | None = GEOMETRY, maps: int = 256) -> int:
+        forget_tables()
+        return choose_config("forward", 32, 16, "sm_77", "Some GPU", geometry, maps).rows
+
+    assert choose() == rule("forward", 32, 16).rows == 64
+    for step in (
+        lambda: ship("sm_77", {"forward/32/16": 16}, tables),
+        lambda: ship("sm_77", {"forward/32/16": 16, exact: 32}, tables),
+        lambda: write("sm_77", {"forward/32/16": 128}),
+        lambda: write("sm_77", {exact: 256}),
+        lambda: write("Some GPU", {"forward/32/16": 512}),
+        lambda: write("Some GPU", {exact: 1024}),
+    ):
+        step()
+        chosen.append(choose())
+    assert chosen == [16, 32, 128, 256, 512, 1024]
+    assert choose(OTHER) == choose(None) == choose(GEOMETRY, maps=2048) == 512
+    assert choose(GEOMETRY, maps=1024) == choose(GEOMETRY, maps=64) == 1024
+    assert choose_config("forward", 64, 16, "sm_77", "Some GPU", GEOMETRY, 256) == rule("forward", 64, 16)
+    assert choose_config("forward", 32, 16, "sm_77", "Another GPU", GEOMETRY, 256).rows == 256
+
+
+def test_a_corrupt_user_table_is_ignored_once(tables: Path) -> None:
+    write("Some GPU", {"forward/32/16": 512})
+    user_table("Some GPU").path.write_text('{"stamp"')
+    with pytest.warns(UserWarning, match="configs-some-gpu.json.*run `dinat-triton tune` again"):
+        assert choose_config("forward", 32, 16, "sm_77", "Some GPU") == rule("forward", 32, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for dim in (16, 64, 128):
+            assert choose_config("forward", dim, 16, "sm_77", "Some GPU") == rule("forward", dim, 16)
+
+
+@pytest.mark.parametrize("entry", [{"rows": 48}, {"row": 64}, {"rows": "many"}, 3, None])
+def test_nonsense_in_a_user_table_is_ignored(entry: object, tables: Path) -> None:
+    user_table("Some GPU").update({"forward/32/16": {"rows": 16}, "key_backward/32/16": entry or []})
+    with pytest.warns(UserWarning, match=r"configs-some-gpu\.json"):
+        assert choose_config("forward", 32, 16, "sm_77", "Some GPU") == rule("forward", 32, 16)
+
+
+def test_other_kernels_make_a_user_table_stale(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write("Some GPU", {"forward/32/16": 512})
+    monkeypatch.setattr(tuning.triton, "__version__", "3.5.0")
+    with pytest.warns(UserWarning, match="it was made for compiler .*, not 'triton 3.5.0'"):
+        assert choose_config("forward", 32, 16, "sm_77", "Some GPU") == rule("forward", 32, 16)
+
+
+def test_the_sources_of_the_kernels_exist() -> None:
+    assert {"plan.py", "kernels/forward.py", "kernels/backward.py", "kernels/launch.py"} <= set(tuning.SOURCES)
+    assert all((tuned.PACKAGE / name).is_file() for name in tuning.SOURCES)
+
+
+def test_launches_ask_for_their_own_config(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = pytest.importorskip("dinat_triton.kernels.launch")
+    architecture = tuning.Architecture("sm_77", 99 << 10, 20, "Some GPU")
+    write("Some GPU", {"forward/32/16/56x56-k7x7-d1x1/8": 16})
+    monkeypatch.setattr(launch, "architecture_of", lambda device: architecture)
+    rows = {}
+    for geometry in (OTHER, Geometry((48, 48), (7,))):
+        launch.schedule.cache_clear()
+        sizes = (geometry, 4, 2, 2, 32, 32, torch.bfloat16, torch.device("cpu"), "ieee")
+        rows[geometry.shape] = launch.schedule(launch.Problem(*sizes), "forward").layout.rows
+    launch.schedule.cache_clear()
+    assert rows == {(56, 56): 16, (48, 48): 64}
+
+
 def test_a_choice_is_made_once(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tables / "sm_77.json").write_text('{"configs": {}}')
     reads = []
@@ -88,11 +170,12 @@ def test_shipped_tables_hold_only_what_differs_from_the_rule(path: Path) -> None
     assert data["versions"]["triton"]
     assert data["configs"]
     for key, entry in data["configs"].items():
-        name, dim, bits = key.split("/")
+        name, dim, bits, *own = key.split("/")
         assert name in PASSES
         assert int(dim) in (16, 32, 64, 128, 256)
         assert int(bits) in (16, 32)
-        assert Config(**entry) != rule(name, int(dim), int(bits)), key
+        assert own or Config(**entry) != rule(name, int(dim), int(bits)), key
+        assert Config(**entry) == tuning.config_of(entry)
 
 
 @pytest.mark.parametrize("changed", [{"rows": 0}, {"chunk": 24}, {"warps": 3}, {"stages": True}, {"programs": 1.5}])
