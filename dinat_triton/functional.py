@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-import dinat_triton.ops  # noqa: F401  (registers torch.ops.dinat_triton)
+from dinat_triton import ops
 from dinat_triton.checks import check_rank
 from dinat_triton.dispatch import current_backend
 from dinat_triton.geometry import broadcast_bools, broadcast_ints
@@ -23,6 +23,20 @@ def window_of(rank: int, kernel_size: Ints, stride: Ints, dilation: Ints, is_cau
     sizes = (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
     window = [n for name, value in sizes for n in broadcast_ints(name, value, rank)]
     return window + [int(causal) for causal in broadcast_bools("is_causal", is_causal, rank)]
+
+
+def attend(
+    qkv: list[Tensor],
+    window: list[int],
+    rpb: Tensor | None,
+    scale: float | None,
+    dropout_p: float,
+    return_lse: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """The op `na`: one node in a compiled graph; in eager mode called without torch's dispatcher in between."""
+    na = torch.ops.dinat_triton.na if torch.compiler.is_compiling() else ops.na
+    return na(qkv, window, rpb, scale, dropout_p, return_lse, current_backend() if backend is None else backend)
 
 
 def _public(rank: int):
@@ -50,8 +64,7 @@ def _public(rank: int):
         for name, x in (("query", query), ("key", key), ("value", value)):
             check_rank(name, x, rank)
         window = window_of(rank, kernel_size, stride, dilation, is_causal)
-        backend = current_backend() if backend is None else backend
-        out, lse = torch.ops.dinat_triton.na([query, key, value], window, rpb, scale, dropout_p, return_lse, backend)
+        out, lse = attend([query, key, value], window, rpb, scale, dropout_p, return_lse, backend)
         return (out, lse) if return_lse else out
 
     axes = ("length",) if rank == 1 else ("depth", "height", "width")[3 - rank :]

@@ -143,16 +143,16 @@ class Geometry:
     def num_tokens(self) -> int:
         return prod(self.shape)
 
-    @property
+    @cached_property
     def bias_shape(self) -> tuple[int, ...]:
         """Shape of one head's relative positional bias."""
         return tuple(axis.num_offsets for axis in self.axes)
 
-    @property
+    @cached_property
     def num_offsets(self) -> int:
         return prod(self.bias_shape)
 
-    @property
+    @cached_property
     def num_pairs(self) -> int:
         """(query, key) pairs that attend: the scores any implementation has to evaluate, per head."""
         return prod(int((axis.neighbors()[0] >= 0).sum()) for axis in self.axes)
@@ -215,6 +215,8 @@ def outer_index(per_axis: Sequence[IntArray], shape: Sequence[int]) -> IntArray:
 
 def broadcast_ints(name: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
     """One positive integer per axis."""
+    if type(value) is int and value >= 1:
+        return (value,) * rank
     values = _broadcast(name, value, rank, "integer")
     for v in values:
         if isinstance(v, bool) or not isinstance(v, (int, np.integer)):
@@ -226,6 +228,8 @@ def broadcast_ints(name: str, value: int | Sequence[int], rank: int) -> tuple[in
 
 def broadcast_bools(name: str, value: bool | Sequence[bool], rank: int) -> tuple[bool, ...]:
     """One boolean per axis."""
+    if type(value) is bool:
+        return (value,) * rank
     values = _broadcast(name, value, rank, "boolean")
     for v in values:
         if not isinstance(v, (bool, np.bool_)):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from dinat_triton.dispatch import current_backend
+from dinat_triton import functional
 from dinat_triton.functional import Bools, Ints, window_of
 from dinat_triton.geometry import geometry_of, split_window
 
@@ -11,10 +11,10 @@ from dinat_triton.geometry import geometry_of, split_window
 @torch.fx.wrap
 def attend(qkv: Tensor, window: list[int], rpb: Tensor | None, scale: float | None, dropout_p: float) -> Tensor:
     """Attends on a packed `[batch, *shape, 3, heads, dim]`."""
-    backend: str | None = None
-    if not torch.jit.is_scripting():
-        backend = current_backend()
-    return torch.ops.dinat_triton.na([qkv], window, rpb, scale, dropout_p, False, backend)[0]
+    if torch.jit.is_scripting():
+        return torch.ops.dinat_triton.na([qkv], window, rpb, scale, dropout_p, False, None)[0]
+    else:
+        return functional.attend([qkv], window, rpb, scale, dropout_p, False, None)[0]
 
 
 @torch.fx.wrap

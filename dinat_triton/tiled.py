@@ -8,27 +8,31 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from dinat_triton import bias
+from dinat_triton import bias, tuned
 from dinat_triton.dropout import keep_mask
 from dinat_triton.geometry import Geometry
+from dinat_triton.packing import unpack
 from dinat_triton.plan import Plan, tile_candidates
 
-# What a tile choice costs on a CPU core, in nanoseconds: a score, a gathered token and head, and a tile class's calls.
-SCORE_NS, TOKEN_NS, CLASS_NS = 1.2, 10.0, 60_000.0
+# What a tile choice costs on two CPU cores, in nanoseconds: a score, a token of one head that is gathered, an entry of
+# the bias table, and the calls for a tile class.
+SCORE_NS, TOKEN_NS, ENTRY_NS, CLASS_NS = 0.75, 13.0, 0.7, 10_000.0
 # Scores held at once: a few megabytes, so that a group's products and softmax stay in cache.
 SCORES_AT_ONCE = 1 << 20
 MOST_ROWS = 1024
+# What decides how fast a tile is.
+SOURCES = ("tiled.py", "plan.py", "bias.py")
 
 
 def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    qkv: list[Tensor],
     rpb: Tensor | None,
     seed: Tensor | None,
     geometry: Geometry,
@@ -36,30 +40,26 @@ def forward(
     dropout_p: float,
     need_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Attends; tensors are `[batch, *shape, heads, dim]`. The log-sum-exp is empty unless needed."""
-    problem = Problem(query, key, value, seed, geometry, scale, dropout_p)
-    q, k, v = problem.q, problem.k, problem.v
-    out = q.new_empty(*q.shape[:-1], v.shape[-1])
-    lse = q.new_empty((*q.shape[:-1], 1) if need_lse else 0, dtype=problem.dtype)
+    """Attends; query, key and value are `[batch, *shape, heads, dim]`. The log-sum-exp is empty unless needed."""
+    problem = Problem(qkv, seed, geometry, scale, dropout_p)
     table = bias.table(rpb, problem.layout.index, geometry, problem.dtype)
+    outs, lses = [], []
     for group in problem.groups():
-        qt, kt, vt = problem.gather(q, group.rows), problem.gather(k, group.columns), problem.gather(v, group.columns)
+        qt, kt, vt = problem.tiles(group)
         if need_lse or dropout_p > 0:
             logits = problem.logits(qt, kt, group, table)
             if need_lse:
-                problem.put(logits.logsumexp(-1, keepdim=True), group, lse)
-            tile = problem.drop(logits.softmax(-1), group) @ vt.to(problem.dtype)
+                lses.append(problem.unfold(logits.logsumexp(-1, keepdim=True), group.rows))
+            tile = (problem.drop(logits.softmax(-1), group) @ vt.to(problem.dtype)).to(qt.dtype)
         else:
             tile = scaled_dot_product_attention(qt, kt, vt, attn_mask=problem.mask(group, table), scale=scale)
-        problem.put(tile, group, out)
-    out = problem.in_order(out).unflatten(1, geometry.shape)
-    return out, problem.in_order(lse).squeeze(-1).unflatten(1, geometry.shape) if need_lse else lse
+        outs.append(problem.unfold(tile, group.rows))
+    lse = problem.in_order(lses).squeeze(-1) if need_lse else table.new_empty(0)
+    return problem.in_order(outs), lse
 
 
 def backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    qkv: list[Tensor],
     rpb: Tensor | None,
     seed: Tensor | None,
     out: Tensor,
@@ -72,29 +72,30 @@ def backward(
     grads: list[Tensor],
 ) -> Tensor | None:
     """Writes the gradients of query, key and value into `grads` and returns that of `rpb`. Recomputes the softmax."""
-    problem = Problem(query, key, value, seed, geometry, scale, dropout_p)
-    q, k, v, grad_out = problem.q, problem.k, problem.v, problem.tokens(grad_out)
-    grad_q = torch.empty_like(q)
-    grad_k, grad_v = (torch.zeros_like(x, dtype=problem.dtype) for x in (k, v))
+    problem = Problem(qkv, seed, geometry, scale, dropout_p)
+    grad_out = problem.tokens(grad_out)
+    grad_lse = None if grad_lse is None else problem.tokens(grad_lse.unsqueeze(-1))
+    grad_k, grad_v = (x.new_zeros(x.shape, dtype=problem.dtype).flatten(1, -3) for x in unpack(qkv)[1:])
+    grad_q = []
     table = bias.table(rpb, problem.layout.index, geometry, problem.dtype)
     grad_table = torch.zeros_like(table)
     for group in problem.groups():
         # Contiguous, because each goes into two products, and each product would copy it.
-        qt, do = (problem.gather(x, group.rows).to(problem.dtype).contiguous() for x in (q, grad_out))
-        kt, vt = (problem.gather(x, group.columns).to(problem.dtype).contiguous() for x in (k, v))
+        qt, kt, vt = (x.to(problem.dtype).contiguous() for x in problem.tiles(group))
+        do = problem.gather(grad_out, group.rows).to(problem.dtype).contiguous()
         p = problem.logits(qt, kt, group, table).softmax(-1)
         problem.add(problem.drop(p, group).mT @ do, group, grad_v)
         dp = problem.drop(do @ vt.mT, group)
         ds = dp.sub_((p * dp).sum(-1, keepdim=True))
         if grad_lse is not None:
-            ds += problem.gather(grad_lse.flatten(1, -2).unsqueeze(-1), group.rows)
+            ds += problem.gather(grad_lse, group.rows)
         ds *= p
-        problem.put((ds @ kt).mul_(scale), group, grad_q)
+        grad_q.append(problem.unfold((ds @ kt).mul_(scale), group.rows))
         problem.add((ds.mT @ qt).mul_(scale), group, grad_k)
         if rpb is not None:
             grad_table[:, group.pairs] += ds.sum(0).flatten().view(len(rpb), -1)
-    for grad, total in zip(grads, (problem.in_order(grad_q), grad_k, grad_v), strict=True):
-        grad.copy_(total.unflatten(1, geometry.shape))
+    for grad, total in zip(unpack(grads), (problem.in_order(grad_q), grad_k, grad_v), strict=True):
+        grad.copy_(total.view(grad.shape))
     return None if rpb is None else bias.table_grad(grad_table, problem.layout.index, geometry).to(rpb.dtype)
 
 
@@ -105,55 +106,53 @@ class Problem:
     rows, so grouped-query attention needs no copies of keys and values.
     """
 
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        seed: Tensor | None,
-        geometry: Geometry,
-        scale: float,
-        dropout_p: float,
-    ):
-        self.scale, self.dropout_p, self.seed = scale, dropout_p, seed
+    def __init__(self, qkv: list[Tensor], seed: Tensor | None, geometry: Geometry, scale: float, dropout_p: float):
+        query, key, value = unpack(qkv)
+        self.geometry, self.scale, self.dropout_p, self.seed = geometry, scale, dropout_p, seed
         self.batch, self.heads, self.kv_heads = query.shape[0], query.shape[-2], key.shape[-2]
         self.dtype = torch.promote_types(query.dtype, torch.float32)
-        tile = choose_tile(geometry, self.batch * self.heads)
-        self.layout = layout_of(geometry, tile, query.device)
-        self.q, self.k, self.v = (self.tokens(x) for x in (query, key, value))
+        tile = choose_tile(geometry, self.batch, self.heads, query.dtype, query.device.type)
+        self.layout = layout_of(geometry, tile, query.device, len(qkv) == 1)
+        if self.layout.is_packed:
+            # Gathered from where they are: a part of a packed tensor is strided, and torch would copy it whole first.
+            self.q = self.k = self.v = qkv[0].contiguous().flatten(1, -3)
+        else:
+            self.q, self.k, self.v = (self.tokens(x) for x in (query, key, value))
 
     def groups(self) -> Iterator[Group]:
         return self.layout.groups(self.batch * self.heads)
 
     def tokens(self, x: Tensor) -> Tensor:
-        """`[batch, tokens, heads, dim]`, contiguous to gather from: torch copies a strided tensor whole each time."""
+        """`[batch, tokens, heads, dim]`, contiguous to gather from."""
         x = x.flatten(1, -3)
         return x if self.layout.is_whole else x.contiguous()
 
-    def gather(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """Tiles `[batch * tiles, key heads, group * cells, dim]` of `[batch, tokens, heads, dim]`."""
+    def tiles(self, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+        """The group's queries, keys and values."""
+        q, k, v = zip((self.q, self.k, self.v), group.slots, strict=True)
+        return self.gather(*q), self.gather(*k), self.gather(*v)
+
+    def gather(self, x: Tensor, slots: Tensor) -> Tensor:
+        """Tiles `[batch * tiles, key heads, group * cells, dim]` of `[batch, slots, heads, dim]`."""
         if not self.layout.is_whole:
-            x = x.index_select(1, tokens.flatten())
-        folded = x.reshape(-1, tokens.shape[1], self.kv_heads, x.shape[2] // self.kv_heads, x.shape[3])
+            x = x.index_select(1, slots.flatten())
+        folded = x.reshape(-1, slots.shape[1], self.kv_heads, x.shape[2] // self.kv_heads, x.shape[3])
         return folded.permute(0, 2, 3, 1, 4).flatten(2, 3)
 
-    def _unfold(self, tile: Tensor, cells: int) -> Tensor:
+    def unfold(self, tile: Tensor, cells: Tensor) -> Tensor:
         """The inverse of `gather`'s folding: `[batch, tiles * cells, heads, dim]`."""
-        folded = tile.unflatten(2, (-1, cells)).permute(0, 3, 1, 2, 4)
+        folded = tile.unflatten(2, (-1, cells.shape[1])).permute(0, 3, 1, 2, 4)
         return folded.reshape(self.batch, -1, folded.shape[2] * folded.shape[3], tile.shape[-1])
 
-    def put(self, tile: Tensor, group: Group, out: Tensor) -> None:
-        """Writes row tiles to `out`, in the order of the plan."""
-        rows = group.rows.numel()
-        out[:, group.first : group.first + rows] = self._unfold(tile, group.rows.shape[1])
-
-    def in_order(self, out: Tensor) -> Tensor:
-        """Rows in the order of the plan brought into that of the tokens."""
-        return out if self.layout.is_whole else out.index_select(1, self.layout.order)
+    def in_order(self, parts: list[Tensor]) -> Tensor:
+        """Rows in the order of the plan brought into that of the map, `[batch, *shape, heads, dim]`."""
+        x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        x = x.contiguous() if self.layout.is_whole else x.index_select(1, self.layout.order)
+        return x.unflatten(1, self.geometry.shape)
 
     def add(self, tile: Tensor, group: Group, out: Tensor) -> None:
         """Adds column tiles to their tokens; a token can be a column of several tiles."""
-        columns = self._unfold(tile, group.columns.shape[1])
+        columns = self.unfold(tile, group.columns)
         if self.layout.is_whole:
             out += columns
         else:
@@ -189,7 +188,7 @@ class Group:
 
     rows: Tensor  # [tiles, R] tokens
     columns: Tensor  # [tiles, S] tokens
-    first: int  # the place of its first row among the rows of all tiles
+    slots: tuple[Tensor, Tensor, Tensor]  # where queries, keys and values of these tokens lie in their tensors
     pairs: slice  # the class's part of `Layout.index`
 
 
@@ -201,6 +200,7 @@ class Layout:
     index: Tensor  # [pairs] bias indices of all classes, one after the other
     order: Tensor  # [tokens] the place of each token among the rows of all tiles
     is_whole: bool  # one tile holds all tokens in their order: nothing to gather
+    is_packed: bool  # slots are those of one tensor that packs query, key and value
 
     def groups(self, scores_per_pair: int) -> Iterator[Group]:
         """Splits every class into groups whose scores stay within SCORES_AT_ONCE."""
@@ -209,30 +209,84 @@ class Layout:
             step = max(1, SCORES_AT_ONCE // (scores_per_pair * rows * c.columns.shape[1]))
             for tile in range(0, tiles, step):
                 part = slice(tile, tile + step)
-                yield Group(c.rows[part], c.columns[part], c.first + tile * rows, c.pairs)
+                query, key, value = (slots[part] for slots in c.slots)
+                yield Group(c.rows[part], c.columns[part], (query, key, value), c.pairs)
 
 
 @lru_cache(maxsize=128)
-def layout_of(geometry: Geometry, tile: tuple[int, ...], device: torch.device) -> Layout:
-    classes, first_row, first_pair = [], 0, 0
+def layout_of(geometry: Geometry, tile: tuple[int, ...], device: torch.device, packed: bool) -> Layout:
+    classes, first_pair = [], 0
     plan = Plan(geometry, tile).classes
+    places = np.concatenate([c.row_tokens.ravel() for c in plan])
+    is_whole = len(places) == plan[0].row_tokens.shape[1] and bool((np.diff(places) == 1).all())
+    is_packed = packed and not is_whole
     for c in plan:
         rows, columns = (torch.as_tensor(tokens, device=device) for tokens in (c.row_tokens, c.col_tokens))
-        classes.append(Group(rows, columns, first_row, slice(first_pair, first_pair + c.rel.size)))
-        first_row, first_pair = first_row + rows.numel(), first_pair + c.rel.size
+        slots = (3 * rows, 3 * columns + 1, 3 * columns + 2) if is_packed else (rows, columns, columns)
+        classes.append(Group(rows, columns, slots, slice(first_pair, first_pair + c.rel.size)))
+        first_pair += c.rel.size
     index = bias.pair_index(torch.cat([torch.as_tensor(c.rel, device=device).flatten() for c in plan]), geometry)
-    rows = torch.cat([c.rows.flatten() for c in classes])
-    is_whole = len(rows) == plan[0].row_tokens.shape[1] and bool((rows.diff() == 1).all())
-    return Layout(tuple(classes), index, rows.argsort(), is_whole)
+    order = torch.as_tensor(places.argsort(), device=device)
+    return Layout(tuple(classes), index, order, is_whole, is_packed)
+
+
+def choose_tile(
+    geometry: Geometry, batch: int, heads: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[int, ...]:
+    """The tile that `dinat-triton tune` found for this CPU, or else the one with the least modelled time."""
+    return _choose_tile(geometry, batch, heads, dtype, device, torch.get_num_threads())
 
 
 @lru_cache(maxsize=512)
-def choose_tile(geometry: Geometry, batch_heads: int) -> tuple[int, ...]:
-    """The tile with the least modelled time: large tiles evaluate more scores, small ones gather more keys."""
+def _choose_tile(
+    geometry: Geometry, batch: int, heads: int, dtype: torch.dtype, device: str, threads: int
+) -> tuple[int, ...]:
+    entries = load_user_tiles() if device == "cpu" else {}
+    found = tuned.nearest(entries, tile_key(geometry, dtype, threads), batch * heads)
+    return modelled_tiles(geometry, batch, heads)[0] if found is None else found
 
-    def cost(tile: tuple[int, ...]) -> float:
-        c = Plan(geometry, tile).cost()
-        tokens = 2 * (c.queries + c.col_loads)
-        return batch_heads * (c.scores * SCORE_NS + tokens * TOKEN_NS) + c.launches * CLASS_NS
 
-    return min(tile_candidates(geometry, MOST_ROWS), key=cost)
+def modelled_tiles(geometry: Geometry, batch: int, heads: int) -> list[tuple[int, ...]]:
+    """Tiles by their modelled time, the least first: large ones evaluate more scores, small ones gather more keys."""
+    return sorted(tile_candidates(geometry, MOST_ROWS), key=lambda tile: tile_ns(geometry, batch, heads, tile))
+
+
+def tile_ns(geometry: Geometry, batch: int, heads: int, tile: tuple[int, ...]) -> float:
+    """Modelled time of a forward, in nanoseconds."""
+    work = tile_work(geometry, batch, heads, tile)
+    return sum(n * ns for n, ns in zip(work, (SCORE_NS, TOKEN_NS, ENTRY_NS, CLASS_NS), strict=True))
+
+
+def tile_work(geometry: Geometry, batch: int, heads: int, tile: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """Scores, gathered tokens, entries of the bias table and tile classes of a choice."""
+    cost = Plan(geometry, tile).cost()
+    tokens = 2 * (cost.queries + cost.col_loads)
+    return batch * heads * cost.scores, batch * heads * tokens, heads * cost.table_entries, cost.launches
+
+
+def tile_key(geometry: Geometry, dtype: torch.dtype, threads: int) -> str:
+    """What a tuned tile holds for, but for the number of maps."""
+    return f"{str(dtype).removeprefix('torch.')}/{threads}/{tuned.geometry_key(geometry)}"
+
+
+def user_tiles() -> tuned.Table:
+    """Where `dinat-triton tune` keeps the tiles of this CPU."""
+    return tuned.Table("tiles", tuned.cpu_name(), f"torch {torch.__version__}", SOURCES, tile_of)
+
+
+def tile_of(entry: Any) -> tuple[int, ...]:
+    """A tile out of a table's entry."""
+    if not isinstance(entry, list) or not entry or not all(type(n) is int and n >= 1 for n in entry):
+        raise ValueError(f"a tile is a list of positive integers, not {entry!r}")
+    return tuple(entry)
+
+
+@lru_cache(maxsize=1)
+def load_user_tiles() -> dict[str, tuple[int, ...]]:
+    return user_tiles().read()
+
+
+def forget_tiles() -> None:
+    """Reads the table anew when it is next asked for."""
+    for cache in (_choose_tile, load_user_tiles):
+        cache.cache_clear()

@@ -24,15 +24,16 @@ from dinat_triton.kernels.forward import forward_kernel
 from dinat_triton.kernels.layout import Layout, layout_of
 from dinat_triton.kernels.tiles import table_kernel
 from dinat_triton.kernels.tuning import Architecture, architecture_of, choose_config, choose_plan, padded
+from dinat_triton.packing import unpack
 
 # Multiply and add in one instruction; what Triton does by default differs from version to version.
 FUSION = {"enable_fp_fusion": True}
 MOST_NARROW = 2**31 - 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Problem:
-    """All that launches depend on but the tensors themselves."""
+    """All that launches depend on but the tensors themselves. Compared by identity: `problem_of` makes each once."""
 
     geometry: Geometry
     batch: int
@@ -68,7 +69,10 @@ class Schedule:
 def schedule(problem: Problem, name: str) -> Schedule:
     """Shares a problem's work out among programs: over the batch first, then over tiles of one class."""
     architecture = architecture_of(problem.device)
-    config = choose_config(name, max(padded(problem.dim), padded(problem.value_dim)), problem.bits, architecture.name)
+    config = choose_config(
+        name, max(padded(problem.dim), padded(problem.value_dim)), problem.bits, architecture.name, architecture.device,
+        problem.geometry, problem.batch * problem.heads,
+    )  # fmt: skip
     plan = choose_plan(problem.geometry, config, problem.dim * problem.bits // 8, name == "key_backward")
     heads = problem.kv_heads if name == "key_backward" else problem.heads
     work = sum(len(c.row_tokens) for c in plan.classes) * heads * problem.batch
@@ -108,9 +112,7 @@ def has_closed_backward(problem: Problem) -> bool:
 
 
 def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    qkv: list[Tensor],
     rpb: Tensor | None,
     seed: Tensor | None,
     geometry: Geometry,
@@ -118,12 +120,14 @@ def forward(
     dropout_p: float,
     need_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Attends; tensors are `[batch, *shape, heads, dim]`. Always writes the log-sum-exp, for the backward."""
-    q, k, v = (_tokens(x) for x in (query, key, value))
-    out = torch.empty(*query.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
-    problem = _problem(geometry, q, k, v, out.flatten(1, -3))
+    """Attends; query, key and value are `[batch, *shape, heads, dim]`. The backward always needs the log-sum-exp."""
+    query, key, value = unpack(qkv)
+    q, k, v = _tokens(query), _tokens(key), _tokens(value)
+    problem = _problem(geometry, q, k, v)
     plan = schedule(problem, "forward")
-    lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=q.device)
+    rows = query.shape[:-1]
+    out = query.new_empty((*rows, problem.value_dim))
+    lse = query.new_empty(rows, dtype=torch.float32)
     rpb = None if rpb is None else rpb.contiguous()
     with _on(q.device):
         if plan.one_chunk:
@@ -140,9 +144,7 @@ def forward(
 
 
 def backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    qkv: list[Tensor],
     rpb: Tensor | None,
     seed: Tensor | None,
     out: Tensor,
@@ -155,8 +157,8 @@ def backward(
     grads: list[Tensor],
 ) -> Tensor | None:
     """Writes the gradients of query, key and value into `grads`, and returns that of `rpb`."""
-    q, k, v, grad_out = (_tokens(x) for x in (query, key, value, _last_contiguous(grad_out)))
-    grad_q, grad_k, grad_v = (x.flatten(1, -3) for x in grads)
+    q, k, v, grad_out = (_tokens(x) for x in (*unpack(qkv), grad_out))
+    grad_q, grad_k, grad_v = (x.flatten(1, -3) for x in unpack(grads))
     problem = _problem(geometry, q, k, v, grad_q, grad_k, grad_v, grad_out)
     rpb = None if rpb is None else rpb.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
@@ -176,13 +178,13 @@ def backward(
             return _fold(rpb, partials, plan)
 
         plan = schedule(problem, "query_backward")
-        delta = torch.empty_like(lse)
+        stats = lse.new_empty((*lse.shape, 2))  # of each row: the log-sum-exp to base 2, and delta
         partials = _partials(rpb, plan)
         for grad_query, grad_bias in _query_launches(rpb, plan):
             all_chunks = grad_query and not plan.one_chunk
             bias, bias_head = _table(rpb, plan.layout, problem, scale) if all_chunks else (rpb, geometry.num_offsets)
             query_backward_kernel[(*plan.grid, 1 if grad_query else plan.layout.max_chunks)](
-                q, k, v, out, lse, grad_out, grad_lse, delta, grad_q, partials, bias, seed,
+                q, k, v, out, lse, grad_out, grad_lse, stats, grad_q, partials, bias, seed,
                 *_indices(plan.layout), plan.layout.rel,
                 *_strides(q, k, v, grad_q, grad_out),
                 *_sizes(problem, plan), bias_head, plan.layout.max_chunks, scale, *keep,
@@ -194,7 +196,7 @@ def backward(
         plan = schedule(problem, "key_backward")
         table, bias_head = _table(rpb, plan.layout, problem, scale)
         key_backward_kernel[plan.grid](
-            q, k, v, lse, grad_out, delta, grad_k, grad_v, table, seed, *_indices(plan.layout),
+            q, k, v, grad_out, stats, grad_k, grad_v, table, seed, *_indices(plan.layout),
             *_strides(q, k, v, grad_k, grad_v, grad_out),
             *_sizes(problem, plan), bias_head, plan.layout.max_chunks, scale, *keep,
             DROPOUT=seed is not None, **plan.options,
@@ -247,17 +249,36 @@ def _table(rpb: Tensor | None, layout: Layout, problem: Problem, scale: float) -
     return table, 0 if rpb is None else pairs
 
 
+@lru_cache(maxsize=512)
+def problem_of(
+    geometry: Geometry,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    tf32: bool,
+    token_stride: int,
+) -> Problem:
+    """The problem of tensors whose tokens lie at most `token_stride` elements apart."""
+    # AMD has no tf32x3.
+    precision = "tf32x3" if tf32 and torch.version.hip is None else "ieee"
+    if device.type == "cpu":
+        precision = "interpreted"
+    wide = geometry.num_tokens * token_stride > MOST_NARROW
+    return Problem(geometry, batch, heads, kv_heads, dim, value_dim, dtype, device, precision, wide)
+
+
 def _problem(geometry: Geometry, q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> Problem:
     batch, _, heads, dim = q.shape
-    # AMD has no tf32x3.
-    tf32 = torch.backends.cuda.matmul.allow_tf32 and torch.version.hip is None
-    precision = "tf32x3" if tf32 else "ieee"
-    if q.device.type == "cpu":
-        precision = "interpreted"
-    reach = geometry.num_tokens * max(x.stride(1) for x in (q, k, v, *others))
-    return Problem(
-        geometry, batch, heads, k.shape[2], dim, v.shape[3], q.dtype, q.device, precision, wide=reach > MOST_NARROW
-    )
+    _, _, kv_heads, value_dim = v.shape
+    strides = [x.stride(1) for x in (q, k, v, *others)]
+    return problem_of(
+        geometry, batch, heads, kv_heads, dim, value_dim, q.dtype, q.device, torch.backends.cuda.matmul.allow_tf32,
+        max(*strides, heads * value_dim),
+    )  # fmt: skip
 
 
 def _tokens(x: Tensor) -> Tensor:

@@ -218,7 +218,7 @@ def test_a_bad_key_reaches_who_sees_it_and_never_leaves_its_tile(which: str, bad
     exact = reached(dt.na2d(query, key, value, 3, **options, backend="reference"))
     assert exact == seen_by if math.isnan(bad) or which == "value" else exact <= seen_by
 
-    plan = dt.Plan(geometry, tiled.choose_tile(geometry, 4))
+    plan = dt.Plan(geometry, tiled.choose_tile(geometry, 2, 2))
     tiles = {
         int(q) for c in plan.classes for rows, columns in zip(c.row_tokens, c.col_tokens, strict=True)
         if token in columns for q in rows

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 import dinat_triton as dt
+from dinat_triton import tiled
 from dinat_triton.functional import window_of
 
 WINDOW = window_of(2, 3, 1, 2, (True, False))
@@ -52,6 +53,22 @@ def test_opcheck_of_the_fused_op(packed: bool, biased: bool, need_lse: bool) -> 
     seed = torch.tensor([7])
     args = (qkv, rpb if biased else None, seed, WINDOW, 0.3, 0.2, need_lse, "tiled")
     opcheck(torch.ops.dinat_triton.fused, args)
+
+
+def test_an_unused_output_costs_no_gradient_of_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    backward = tiled.backward
+    monkeypatch.setattr(tiled, "backward", lambda *args: seen.append(args[6]) or backward(*args))
+    (query, key, value), rpb = inputs()
+    leaves = [query, key, value, rpb]
+
+    def attend(backend: str) -> tuple[Tensor, Tensor]:
+        return dt.na2d(query, key, value, 3, dilation=2, rpb=rpb, return_lse=True, backend=backend)
+
+    torch.autograd.grad(attend("tiled")[0].sum(), leaves)
+    assert seen == [None]
+    found, exact = (torch.autograd.grad(attend(name)[1].sin().sum(), leaves, allow_unused=True) for name in BACKENDS)
+    same([x for x in found if x is not None], [x for x in exact if x is not None and x.any()])
 
 
 def test_opcheck_of_the_backward_op() -> None:
