@@ -16,11 +16,14 @@ from dinat_triton.kernels.tiles import (
     LOG2E,
     dot,
     drop,
+    load_chunk,
+    load_pair,
     load_row,
     load_tile,
+    pair_at,
     pair_bias,
     read_run,
-    store_row,
+    store_pair,
     store_tile,
 )
 
@@ -43,8 +46,7 @@ def closed_backward_kernel(
     first_item = tl.program_id(1) * batch_step
     end_item = tl.minimum(first_item + batch_step, batch)
     row, col = tl.arange(0, ROWS), tl.arange(0, CHUNK)
-    pair = row[:, None] * CHUNK + col[None, :]
-    rel_tile = tl.load(rel + tile_class * ROWS * CHUNK + pair)
+    rel_tile = tl.load(rel + tile_class * (ROWS * CHUNK) + pair_at(ROWS, CHUNK))
     bias = pair_bias(rpb, head * bias_head, rel_tile, 1 / scale, HAS_BIAS)  # [R, C]
     to_log2 = scale * LOG2E
     grad_bias = tl.zeros((ROWS, CHUNK), tl.float32)
@@ -84,12 +86,12 @@ def closed_backward_kernel(
 
     if HAS_BIAS:
         program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(grad_pairs + program * ROWS * CHUNK + pair, grad_bias)
+        tl.store(grad_pairs + program * (ROWS * CHUNK) + pair_at(ROWS, CHUNK), grad_bias)
 
 
 @triton.jit
 def grad_logits(
-    q_tile, do_tile, k_at, v_at, k_token, v_token, row_tok, col_tok, bias, row_lse, delta, to_log2,
+    q_tile, do_tile, k_at, v_at, k_token, v_token, row_tok, col_tok, bias, row_lse2, delta, to_log2,
     seed, keep_from, keep_scale, batch_head,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -98,7 +100,7 @@ def grad_logits(
     k_tile = load_tile(k_at, col_tok, k_token, D, BLOCK_D)
     v_tile = load_tile(v_at, col_tok, v_token, DV, BLOCK_DV)  # [C, DV]
     s = dot(q_tile, tl.trans(k_tile), bias, PRECISION)  # [R, C]
-    p = tl.exp2(s * to_log2 - (row_lse * LOG2E)[:, None])
+    p = tl.exp2(s * to_log2 - row_lse2[:, None])
     dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)  # [R, C]
     if DROPOUT:
         dp = drop(dp, seed, keep_from, keep_scale, row_tok[:, None], col_tok[None, :], batch_head)
@@ -107,7 +109,7 @@ def grad_logits(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def query_backward_kernel(
-    q, k, v, out, lse, grad_out, grad_lse, delta_rows, grad_q, grad_pairs, bias_source, seed,
+    q, k, v, out, lse, grad_out, grad_lse, stats, grad_q, grad_pairs, bias_source, seed,
     row_tokens, col_tokens, runs, rel,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     dq_batch, dq_token, dq_head, do_batch, do_token, do_head,
@@ -126,12 +128,12 @@ def query_backward_kernel(
     end_item = tl.minimum(first_item + batch_step, batch)
     row, col = tl.arange(0, ROWS), tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
     span = max_chunks * CHUNK
-    pair = row[:, None] * span + col[None, :]
-    class_pair = tile_class * ROWS * span + pair
+    class_at, chunk_at = tile_class * (ROWS * span), tl.program_id(2) * (ROWS * CHUNK)
     if ALL_CHUNKS:
-        bias_at = bias_source + head.to(tl.int64) * bias_head + class_pair
+        bias_at = bias_source + tl.multiple_of(head.to(tl.int64) * bias_head, 16) + class_at
     else:
-        bias = pair_bias(bias_source, head * bias_head, tl.load(rel + class_pair), 1 / scale, HAS_BIAS)  # [R, C]
+        rel_tile = tl.load(rel + class_at + chunk_at + pair_at(ROWS, CHUNK))
+        bias = pair_bias(bias_source, head * bias_head, rel_tile, 1 / scale, HAS_BIAS)  # [R, C]
     to_log2 = scale * LOG2E
     grad_bias = tl.zeros((ROWS, CHUNK), tl.float32)
 
@@ -145,22 +147,22 @@ def query_backward_kernel(
             do_tile = load_tile(grad_out + i * do_batch + head * do_head, row_tok, do_token, DV, BLOCK_DV)  # [R, DV]
             k_at = k + i * k_batch + head // group * k_head
             v_at = v + i * v_batch + head // group * v_head
-            row_lse = load_row(lse + row_at, row_tok, heads)
             if GRAD_QUERY:
+                row_lse2 = load_row(lse + row_at, row_tok, heads) * LOG2E
                 out_tile = load_tile(out + row_at * DV, row_tok, heads * DV, DV, BLOCK_DV)  # [R, DV]
                 delta = tl.sum(out_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
                 if HAS_GRAD_LSE:
                     delta -= load_row(grad_lse + row_at, row_tok, heads)
-                store_row(delta_rows + row_at, row_tok, heads, delta)
+                store_pair(stats + 2 * row_at, row_tok, 2 * heads, row_lse2, delta)
             else:
-                delta = load_row(delta_rows + row_at, row_tok, heads)
+                row_lse2, delta = load_pair(stats + 2 * row_at, row_tok, 2 * heads)
             dq_tile = tl.zeros((ROWS, BLOCK_D), tl.float32)
             for chunk in range(chunks if ALL_CHUNKS else 1):
                 if ALL_CHUNKS:
-                    bias = tl.load(bias_at + chunk * CHUNK)
+                    bias = load_chunk(bias_at + chunk * (ROWS * CHUNK), ROWS, CHUNK)
                 ds, k_tile = grad_logits(
                     q_tile, do_tile, k_at, v_at, k_token, v_token, row_tok, tl.load(col_tok_at + chunk * CHUNK),
-                    bias, row_lse, delta, to_log2, seed, keep_from, keep_scale, item * heads + head,
+                    bias, row_lse2, delta, to_log2, seed, keep_from, keep_scale, item * heads + head,
                     D, DV, BLOCK_D, BLOCK_DV, DROPOUT, PRECISION,
                 )  # fmt: skip
                 if GRAD_BIAS:
@@ -172,12 +174,12 @@ def query_backward_kernel(
 
     if GRAD_BIAS:
         program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(grad_pairs + program * ROWS * span + pair, grad_bias)
+        tl.store(grad_pairs + program * (ROWS * span) + chunk_at + pair_at(ROWS, CHUNK), grad_bias)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def key_backward_kernel(
-    q, k, v, lse, grad_out, delta_rows, grad_k, grad_v, table, seed,
+    q, k, v, grad_out, stats, grad_k, grad_v, table, seed,
     row_tokens, col_tokens, runs,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     dk_batch, dk_token, dk_head, dv_batch, dv_token, dv_head, do_batch, do_token, do_head,
@@ -195,7 +197,7 @@ def key_backward_kernel(
     end_item = tl.minimum(first_item + batch_step, batch)
     row, col = tl.arange(0, ROWS), tl.arange(0, CHUNK)
     span = max_chunks * CHUNK
-    pair = row[:, None] * span + col[None, :]
+    class_at = tile_class * (ROWS * span)
     to_log2 = scale * LOG2E
 
     for tile in range(first, end):
@@ -207,25 +209,27 @@ def key_backward_kernel(
             v_tile = load_tile(v + i * v_batch + kv_head * v_head, row_tok, v_token, DV, BLOCK_DV)  # [R, DV]
             dk_tile = tl.zeros((ROWS, BLOCK_D), tl.float32)
             dv_tile = tl.zeros((ROWS, BLOCK_DV), tl.float32)
-            for step in range(chunks * group):
-                head, chunk = kv_head * group + step // chunks, step % chunks
-                col_tok = tl.load(col_tok_at + chunk * CHUNK)
-                bias_at = table + head.to(tl.int64) * bias_head + tile_class * ROWS * span + pair
+            for head in range(kv_head * group, kv_head * group + group):
+                bias_at = table + tl.multiple_of(tl.cast(head, tl.int64) * bias_head, 16) + class_at
                 col_at = i * tokens * heads + head
-                q_tile = load_tile(q + i * q_batch + head * q_head, col_tok, q_token, D, BLOCK_D)  # [C, D]
-                do_tile = load_tile(grad_out + i * do_batch + head * do_head, col_tok, do_token, DV, BLOCK_DV)
-                bias = tl.load(bias_at + chunk * CHUNK)
-                s = dot(k_tile, tl.trans(q_tile), bias, PRECISION)  # [R, C]
-                p = tl.exp2(s * to_log2 - (load_row(lse + col_at, col_tok, heads) * LOG2E)[None, :])
-                dp = dot(v_tile, tl.trans(do_tile), None, PRECISION)  # [R, C]
-                dropped = p
-                if DROPOUT:
-                    draw_row, draw_col, draw_head = row_tok[:, None], col_tok[None, :], item * heads + head
-                    dropped = drop(p, seed, keep_from, keep_scale, draw_col, draw_row, draw_head)
-                    dp = drop(dp, seed, keep_from, keep_scale, draw_col, draw_row, draw_head)
-                dv_tile = dot(dropped.to(do_tile.dtype), do_tile, dv_tile, PRECISION)
-                ds = p * (dp - load_row(delta_rows + col_at, col_tok, heads)[None, :])
-                dk_tile = dot(ds.to(q_tile.dtype), q_tile, dk_tile, PRECISION)
+                q_at, do_at = q + i * q_batch + head * q_head, grad_out + i * do_batch + head * do_head
+                for chunk in range(chunks):
+                    col_tok = tl.load(col_tok_at + chunk * CHUNK)
+                    q_tile = load_tile(q_at, col_tok, q_token, D, BLOCK_D)  # [C, D]
+                    do_tile = load_tile(do_at, col_tok, do_token, DV, BLOCK_DV)  # [C, DV]
+                    col_lse2, delta = load_pair(stats + 2 * col_at, col_tok, 2 * heads)
+                    bias = load_chunk(bias_at + chunk * (ROWS * CHUNK), ROWS, CHUNK)
+                    s = dot(k_tile, tl.trans(q_tile), bias, PRECISION)  # [R, C]
+                    p = tl.exp2(s * to_log2 - col_lse2[None, :])
+                    dp = dot(v_tile, tl.trans(do_tile), None, PRECISION)  # [R, C]
+                    dropped = p
+                    if DROPOUT:
+                        draw_row, draw_col, draw_head = row_tok[:, None], col_tok[None, :], item * heads + head
+                        dropped = drop(p, seed, keep_from, keep_scale, draw_col, draw_row, draw_head)
+                        dp = drop(dp, seed, keep_from, keep_scale, draw_col, draw_row, draw_head)
+                    dv_tile = dot(dropped.to(do_tile.dtype), do_tile, dv_tile, PRECISION)
+                    ds = p * (dp - delta[None, :])
+                    dk_tile = dot(ds.to(q_tile.dtype), q_tile, dk_tile, PRECISION)
             store_tile(grad_k + i * dk_batch + kv_head * dk_head, row_tok, dk_token, dk_tile * scale, D, BLOCK_D)
             store_tile(grad_v + i * dv_batch + kv_head * dv_head, row_tok, dv_token, dv_tile, DV, BLOCK_DV)
 

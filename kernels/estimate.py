@@ -35,7 +35,7 @@ class Traffic:
 TRAFFIC = {
     "forward": Traffic(2, 2, 1, 2),
     "closed_backward": Traffic(3, 4, 1, 5),
-    "query_backward": Traffic(4, 2, 2, 3),
+    "query_backward": Traffic(4, 2, 3, 3),
     "query_backward bias": Traffic(2, 2, 2, 2),
     "key_backward": Traffic(4, 2, 2, 4),
 }
@@ -135,7 +135,7 @@ def estimate(steps: list[Step], reports: Mapping[Launch, Report], target: Target
             continue
         layer = chosen[0].layer
         token_bytes = chosen[0].batch * layer.heads * layer.dim * chosen[0].itemsize
-        floor = (8 if backward else 4) * layer.geometry.num_tokens * token_bytes / target.memory
+        floor = (7 if backward else 4) * layer.geometry.num_tokens * token_bytes / target.memory
         found.append(
             {
                 "layer": layer.name,

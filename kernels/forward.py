@@ -3,7 +3,19 @@
 import triton
 import triton.language as tl
 
-from dinat_triton.kernels.tiles import LN2, LOG2E, dot, drop, load_tile, pair_bias, read_run, store_row, store_tile
+from dinat_triton.kernels.tiles import (
+    LN2,
+    LOG2E,
+    dot,
+    drop,
+    load_chunk,
+    load_tile,
+    pair_at,
+    pair_bias,
+    read_run,
+    store_row,
+    store_tile,
+)
 
 # Below any logit, and finite: a running maximum that starts here never meets (-inf) - (-inf).
 LOWEST = tl.constexpr(-1e30)
@@ -57,11 +69,12 @@ def forward_kernel(
     end_item = tl.minimum(first_item + batch_step, batch)
     row, col = tl.arange(0, ROWS), tl.arange(0, CHUNK)
     span = max_chunks * CHUNK
-    pair = (tile_class * ROWS + row[:, None]) * span + col[None, :]
+    class_at = tile_class * (ROWS * span)
     if ONE_CHUNK:
-        bias = pair_bias(bias_source, head * bias_head, tl.load(rel + pair), 1 / scale, HAS_BIAS)  # [R, C]
+        rel_tile = tl.load(rel + class_at + pair_at(ROWS, CHUNK))
+        bias = pair_bias(bias_source, head * bias_head, rel_tile, 1 / scale, HAS_BIAS)  # [R, C]
     else:
-        bias_at = bias_source + head.to(tl.int64) * bias_head + pair
+        bias_at = bias_source + head.to(tl.int64) * bias_head + class_at
     to_log2 = scale * LOG2E
 
     for tile in range(first, end):
@@ -87,10 +100,10 @@ def forward_kernel(
                 for chunk in range(chunks):
                     m, total, acc = attend(
                         q_tile, k_at, v_at, k_token, v_token, row_tok, tl.load(col_tok_at + chunk * CHUNK),
-                        tl.load(bias_at + chunk * CHUNK), m, total, acc, to_log2,
+                        load_chunk(bias_at + chunk * (ROWS * CHUNK), ROWS, CHUNK), m, total, acc, to_log2,
                         seed, keep_from, keep_scale, item * heads + head,
                         D, DV, BLOCK_D, BLOCK_DV, True, DROPOUT, PRECISION,
                     )  # fmt: skip
             row_at = i * tokens * heads + head  # out and lse are contiguous, heads after tokens
-            store_tile(out + row_at * DV, row_tok, heads * DV, acc / total[:, None], DV, BLOCK_DV)
+            store_tile(out + row_at * DV, row_tok, heads * DV, acc * (1 / total)[:, None], DV, BLOCK_DV)
             store_row(lse + row_at, row_tok, heads, m * scale + tl.log2(total) * LN2)

@@ -106,7 +106,7 @@ def recording(target: Target) -> Iterator[list[Launch]]:
         launches.append(Launch(fn.name, compile["specialization_data"]))
         return True
 
-    caches = (backend.schedule, backend.has_closed_backward)
+    caches = (backend.problem_of, backend.schedule, backend.has_closed_backward)
     previous = driver._active
     try:
         driver.set_active(_NoDriver(target))
@@ -128,13 +128,11 @@ def recording(target: Target) -> Iterator[list[Launch]]:
 def run_layer(layer: Layer, dtype: torch.dtype, batch: int, backward: bool = True) -> None:
     """A training step's attention on a packed qkv of the meta device."""
     qkv = torch.empty(batch, *layer.shape, 3, layer.heads, layer.dim, device="meta", dtype=dtype)
-    query, key, value = qkv.unbind(-3)
     rpb = torch.empty(layer.heads, *layer.geometry.bias_shape, device="meta", dtype=dtype)
     scale = layer.dim**-0.5
-    out, lse = backend.forward(query, key, value, rpb, None, layer.geometry, scale, 0.0, True)
+    out, lse = backend.forward([qkv], rpb, None, layer.geometry, scale, 0.0, True)
     if backward:
-        grads = list(torch.empty_like(qkv).unbind(-3))
-        backend.backward(query, key, value, rpb, None, out, lse, out, None, layer.geometry, scale, 0.0, grads)
+        backend.backward([qkv], rpb, None, out, lse, out, None, layer.geometry, scale, 0.0, [torch.empty_like(qkv)])
 
 
 def distinct(launches: Iterable[Launch]) -> list[Launch]:

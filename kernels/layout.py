@@ -7,6 +7,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from dinat_triton.plan import MASKED, PADDING, Plan
@@ -19,7 +20,7 @@ class Layout:
     Attributes:
         row_tokens: `[tiles, ROWS]`, tiles of a class in a row. Their dtype is that of all token addresses.
         col_tokens: `[tiles, max_chunks * CHUNK]`.
-        rel: `[classes, ROWS, max_chunks * CHUNK]` bias indices, or MASKED.
+        rel: `[classes, max_chunks, ROWS * CHUNK]` bias indices, or MASKED, in the order of `tiles.pair_at`.
         runs: `[runs, 4]`: class, first tile, end, chunks. A program walks one run.
         first_run: `[classes + 1]`: where each class's runs begin.
     """
@@ -45,7 +46,7 @@ class Layout:
     def members(self) -> Tensor:
         """`[offsets, longest]`: the pairs of all classes that each bias entry is added to, padded with -1."""
         # Anew from the plan: reading it back from the device would wait for it.
-        rel = _pictures(self.plan, self.rel.shape[-1]).ravel()
+        rel = _pairs(self.plan, self.max_chunks).ravel()
         order = np.argsort(rel, kind="stable")[np.count_nonzero(rel == MASKED) :]
         counts = np.bincount(rel[order], minlength=self.plan.geometry.num_offsets)
         members = np.full((len(counts), counts.max()), -1, dtype=np.int32)
@@ -86,15 +87,17 @@ def layout_of(plan: Plan, tiles_per_run: int, wide: bool, device: torch.device) 
         max_chunks=max_chunks,
         row_tokens=place(np.concatenate([c.row_tokens for c in plan.classes]), address),
         col_tokens=place(np.concatenate([_widen(c.col_tokens, span, PADDING) for c in plan.classes]), address),
-        rel=place(_pictures(plan, span)),
+        rel=place(_pairs(plan, max_chunks)),
         runs=place(runs),
         first_run=place(first_run),
     )
 
 
-def _pictures(plan: Plan, span: int) -> np.ndarray:
-    """`rel` of every tile class, `[classes, ROWS, span]`."""
-    return np.stack([_widen(c.rel, span, MASKED) for c in plan.classes])
+def _pairs(plan: Plan, max_chunks: int) -> np.ndarray:
+    """`rel` of every tile class, chunk by chunk, in the order of `tiles.pair_at`."""
+    rel = np.stack([_widen(c.rel, max_chunks * plan.chunk, MASKED) for c in plan.classes])
+    order = "tile_class (warp half row) (chunk block lane pair) -> tile_class chunk (block warp row lane half pair)"
+    return rearrange(rel, order, half=2, row=8, chunk=max_chunks, lane=4, pair=2)
 
 
 def _widen(array: np.ndarray, columns: int, fill: int) -> np.ndarray:

@@ -44,11 +44,45 @@ def store_row(at, tok, stride, values):
 
 
 @triton.jit
+def load_pair(at, tok, stride):
+    """Two neighboring numbers per token of one head; zeros in empty slots."""
+    at = at + tok[:, None] * stride + tl.arange(0, 2)[None, :]
+    return tl.split(tl.load(at, mask=tok[:, None] >= 0, other=0.0))
+
+
+@triton.jit
+def store_pair(at, tok, stride, first, second):
+    """Writes two neighboring numbers per token of one head."""
+    at = at + tok[:, None] * stride + tl.arange(0, 2)[None, :]
+    tl.store(at, tl.join(first, second), mask=tok[:, None] >= 0)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """A matrix product summed in float32, on top of `acc`."""
     if PRECISION == "interpreted":  # the interpreter would multiply the bits of bfloat16 as integers
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc=acc, input_precision="ieee")
     return tl.dot(a, b, acc=acc, input_precision=PRECISION)
+
+
+@triton.jit
+def pair_at(ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    """Where each (row, column) pair of a chunk lies in memory, `[ROWS, CHUNK]`.
+
+    In the order of matrix accumulators: a thread has 2 neighboring columns in 2 rows that are 8 apart, one after the
+    other in memory, then the next 4 columns' threads, then the next row's.
+    """
+    row, col = tl.arange(0, ROWS), tl.arange(0, CHUNK)
+    of_row = row // 16 * 128 + row % 8 * 16 + row // 8 % 2 * 2
+    of_col = col // 8 * (8 * ROWS) + col % 8 // 2 * 4 + col % 2
+    return of_row[:, None] + of_col[None, :]
+
+
+@triton.jit
+def load_chunk(at, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    """The numbers at `pair_at`, `[ROWS, CHUNK]`, read 16 bytes at a time and straight into an accumulator's place."""
+    pairs = tl.reshape(tl.load(at + tl.arange(0, ROWS * CHUNK)), [CHUNK // 8, ROWS // 16, 8, 4, 2, 2])
+    return tl.reshape(tl.permute(pairs, [1, 4, 2, 0, 3, 5]), [ROWS, CHUNK])
 
 
 @triton.jit

@@ -61,12 +61,22 @@ def test_hopper_multiplies_with_wgmma(gate: tuple) -> None:
     assert all(k["matrix"].get("wgmma") for k in wide)
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_the_bias_goes_from_memory_straight_into_the_accumulator(arch: str) -> None:
+    """Shared memory holds queries, keys and values, and no tile of scores on its way to other threads."""
+    launches, _ = record(SLIDING, TARGETS[arch], torch.bfloat16, 128)
+    forward = next(launch for launch in launches if launch.name == "forward")
+    rows, chunk = forward.constants["ROWS"], forward.constants["CHUNK"]
+    loaded = rows + forward.options["num_stages"] * 2 * chunk
+    assert one_report(forward, arch).shared <= 1.1 * loaded * 32 * 2
+
+
 @pytest.mark.parametrize("arch", GATED)
 def test_estimates_name_what_binds(arch: str, gate: tuple) -> None:
     estimates = gate[1][arch]["estimates"]
     assert len(estimates) == 2 * sum(len(layers_of(f"dinat_mini@{x}")) for x in ("224", "384", "coco"))
     for found in estimates:
-        assert found["us"] >= found["best_us"] > 0.9 * found["floor_us"] * 7 / 8
+        assert found["us"] >= found["best_us"] > 0.9 * found["floor_us"]
         for limits, binding in zip(found["limits_us"], found["binds"], strict=True):
             assert limits[binding] == max(limits.values())
 
