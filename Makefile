@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 # Processes side by side: threads that spin while they wait would only take each other's cores.
 QUIET := OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0
+# This machine's folder in bench/results/.
+RESULTS = $(shell $(BIN)/python -c 'from dinat_triton.bench.harness import default_path; print(default_path("cpu", "").parent)')
 
 .PHONY: help demo test test-slow test-timm test-gpu lint bench figures notebooks wheel clean
 
@@ -52,9 +54,17 @@ lint: $(VENV)/made ## ruff and mypy
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: $(VENV)/natten ## the CPU benchmark, side by side with its peers
-	@$(BIN)/python -m dinat_triton.bench.cpu
-	@$(BIN)/python -m dinat_triton.bench.models
+bench: $(VENV)/natten ## the benchmarks of this machine's CPU and the figures of the README, under 10 minutes on two cores
+	@echo "== Layers side by side with their peers, most of the time to compile FlexAttention"
+	@$(BIN)/dinat-triton bench cpu
+	@echo "== Whole models side by side with timm's"
+	@$(BIN)/dinat-triton bench models --device cpu
+	@echo "== Python per call"
+	@$(BIN)/dinat-triton bench overhead --device cpu --seconds 0.3 --out "$(RESULTS)/overhead.json"
+	@echo "== Layers against what the machine allows, and against an H200 on paper"
+	@$(BIN)/dinat-triton roofline --results "$(RESULTS)/cpu.json"
+	@$(BIN)/dinat-triton roofline --arch sm_90 --out notebooks/figures/roofline.png
+	@$(BIN)/dinat-triton bench scaling --out notebooks/figures
 
 figures: $(VENV)/made ## the pictures of this README
 	@$(BIN)/python notebooks/figures.py

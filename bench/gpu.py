@@ -1,9 +1,9 @@
-"""The Triton backend on a GPU: is it right, is it clean, how fast is it. `bench/gpu_run.sh` runs all of this.
+"""The Triton backend on a GPU: is it right, is it clean, how fast is it. Parts of `bench/gpu_run.sh`.
 
 python -m dinat_triton.bench.gpu check --out DIR     # every DiNAT layer against float64
 python -m dinat_triton.bench.gpu small               # a few small calls, for compute-sanitizer
 python -m dinat_triton.bench.gpu time --out DIR      # every layer against its peers
-python -m dinat_triton.bench.gpu report --out DIR    # what was found, as a table
+python -m dinat_triton.bench.gpu report --out DIR    # everything that was found, as tables
 
 With --dry-run all of it runs on the CPU, on the smallest layers and in Triton's interpreter.
 """
@@ -11,12 +11,12 @@ With --dry-run all of it runs on the CPU, on the smallest layers and in Triton's
 from __future__ import annotations
 
 import argparse
-import gc
 import json
+import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,49 +25,29 @@ import torch
 from torch import Tensor
 
 import dinat_triton as dt
-from dinat_triton.bench import harness, peers
-from dinat_triton.bench.harness import Record, Timing
-from dinat_triton.bench.peers import Call, Inputs, Peer, Problem
+from dinat_triton.bench import first_call, harness, models, ops, overhead
+from dinat_triton.bench.ceilings import measure_ceilings
+from dinat_triton.bench.harness import BACKWARD, FORWARD, Record
+from dinat_triton.bench.ops import Bench, Cell, first_line, problem_of
+from dinat_triton.bench.peers import Problem
 from dinat_triton.layers import Layer, layers_of
 
-OURS = "triton"
-FORWARD, BACKWARD = "forward", "backward"
+OURS = ops.OURS["cuda"]
 CHECKED = ("dinat_mini@224", "dinat_mini@384", "dinat_mini@coco", "dinat_large@224")
 TIMED = (("dinat_mini@224", 128), ("dinat_large@224", 128), ("dinat_mini@224", 1), ("dinat_large@224", 1))
-# Those that compile long come last.
-PEERS = ("natten", "sdpa", "flex-tuned", "flex")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT32_ERROR = 1e-5
-# Milliseconds at the first level of DiNAT-Mini, batch 128, bf16, on an H200: (dense, sliding).
-TARGETS = {FORWARD: (0.055, 0.080), BACKWARD: (0.115, 0.220)}
-TINY = [Layer("7x7-d1", (7, 7), 2, (1, 1)), Layer("9x8-d1", (9, 8), 1, (1, 1)),
-        Layer("14x15-d2", (14, 15), 1, (2, 2))]  # fmt: skip
-
-
-def problem_of(layer: Layer, batch: int, model: str) -> Problem:
-    weight = layer.count
-    return Problem(f"{model}:{layer.name}", layer.shape, layer.heads, layer.dim, layer.kernel_size, layer.dilation,
-                   batch, weight)  # fmt: skip
-
-
-def draw(problem: Problem, dtype: torch.dtype, device: torch.device, grad: bool) -> tuple[Tensor, Inputs]:
-    """Inputs made where they are needed; query, key and value are views of the packed tensor, as in a model."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
-
-    packed = normal(problem.batch, *problem.shape, 3, problem.heads, problem.dim).requires_grad_(grad)
-    query, key, value = (x.detach().contiguous().requires_grad_(grad) for x in packed.unbind(-3))
-    rpb = normal(problem.heads, *(2 * k - 1 for k in problem.kernel_size)).requires_grad_(grad)
-    return packed, Inputs(query, key, value, rpb, normal(*query.shape))
-
-
-def ours(problem: Problem, packed: Tensor, rpb: Tensor, backend: str = OURS) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp."""
-    rank = len(problem.shape)
-    window = [*problem.kernel_size, *[1] * rank, *problem.dilation, *[0] * rank]
-    return torch.ops.dinat_triton.na([packed], window, rpb, None, 0.0, True, backend)
+# Milliseconds of layers of DiNAT-Mini, batch 128, bf16, on an H200: dense and sliding.
+TARGETS = {
+    ("224/56x56-d8", FORWARD): 0.055,
+    ("224/56x56-d1", FORWARD): 0.080,
+    ("224/56x56-d8", BACKWARD): 0.115,
+    ("224/56x56-d1", BACKWARD): 0.220,
+}
+TINY = [Layer("tiny/7x7-d1", (7, 7), 2, (1, 1)), Layer("tiny/9x8-d1", (9, 8), 1, (1, 1)),
+        Layer("tiny/14x15-d2", (14, 15), 1, (2, 2))]  # fmt: skip
+DRY_PEERS = ("sdpa", "swin")
+DRY_SECONDS = 0.01
 
 
 # Is it right
@@ -85,11 +65,25 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+def draw(problem: Problem, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """A packed query, key and value, the bias, and gradients of the output and of the log-sum-exp."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    shape, heads, dim = (problem.batch, *problem.shape), problem.heads, problem.dim
+    bias = normal(heads, *(2 * k - 1 for k in problem.kernel_size))
+    return normal(*shape, 3, heads, dim), bias, normal(*shape, heads, dim), normal(*shape, heads)
+
+
 def tensors_of(problem: Problem, tensors: Sequence[Tensor], backend: str) -> dict[str, Tensor]:
     """Output, log-sum-exp and every gradient, of both of them."""
     packed, rpb, grad_out, grad_lse = tensors
     packed, rpb = packed.detach().requires_grad_(), rpb.detach().requires_grad_()
-    out, lse = ours(problem, packed, rpb, backend)
+    rank = len(problem.shape)
+    window = [*problem.kernel_size, *[1] * rank, *problem.dilation, *[0] * rank]
+    out, lse = torch.ops.dinat_triton.na([packed], window, rpb, None, 0.0, True, backend)
     grads = torch.autograd.grad((out, lse), (packed, rpb), (grad_out, grad_lse.to(lse.dtype)))
     named = dict(zip(("dq", "dk", "dv"), grads[0].unbind(-3), strict=True))
     return {"out": out.detach(), "lse": lse.detach(), **named, "drpb": grads[1]}
@@ -105,9 +99,7 @@ def errors(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str
 
 def check_layer(problem: Problem, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Ours against float64, and beside it what plain torch makes of the same low-precision numbers."""
-    packed, inputs = draw(problem, dtype, device, grad=False)
-    grad_lse = torch.randn(inputs.query.shape[:-1], device=device)
-    tensors = (packed, inputs.rpb, inputs.grad_out, grad_lse)
+    tensors = draw(problem, dtype, device)
     truth = tensors_of(problem, [x.double() for x in tensors], "reference")
     with poisoned():
         first = tensors_of(problem, tensors, OURS)
@@ -131,7 +123,7 @@ def check(options: argparse.Namespace) -> int:
     device, deadline = options.device, time.monotonic() + options.budget
     named = [("tiny", TINY)] if options.dry_run else [(name, layers_of(name)) for name in CHECKED]
     dtypes = DTYPES[:2] if options.dry_run else DTYPES
-    cells = [(problem_of(x, 2 if name != "dinat_mini@coco" else 1, name), t) for name, of in named
+    cells = [(problem_of(name.partition("@")[0], x, 1 if name.endswith("coco") else 2), t) for name, of in named
              for t in dtypes for x in of]  # fmt: skip
     found, bad = [], 0
     for problem, dtype in cells:
@@ -148,7 +140,7 @@ def check(options: argparse.Namespace) -> int:
             record["wrong"] = [f"{type(error).__name__}: {first_line(error)}"]
         if wrong := record.get("wrong") or ([] if record.get("repeats", True) else ["does not repeat"]):
             bad += 1
-            print(f"WRONG {problem.name} {record['dtype']}: {', '.join(wrong)}", flush=True)
+            print(f"WRONG {problem.label} {record['dtype']}: {', '.join(wrong)}", flush=True)
         found.append(record)
     skipped = sum("reason" in record for record in found)
     print(f"{len(found)} layers and dtypes: {bad} wrong, {skipped} skipped")
@@ -186,237 +178,67 @@ def small(options: argparse.Namespace) -> int:
 # How fast is it
 
 
-def timings(call: Callable[[], object], device: torch.device) -> Timing:
-    """On a GPU by events, with a cold L2."""
-    if device.type != "cuda":
-        return harness.measure({"": call}, budget=0.01, slice_s=0.005)[""]
-    from triton.testing import do_bench
-
-    return Timing.of(do_bench(call, warmup=10, rep=60, return_mode="all"))
-
-
-def graphed(call: Callable[[], object]) -> Callable[[], object]:
-    """The same work without Python in between."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
-def our_calls(problem: Problem, packed: Tensor, inputs: Inputs) -> dict[tuple[str, str], Callable[[], object]]:
-    """By implementation and pass. A graph holds the backward's op alone: autograd would add its own streams."""
-    with torch.no_grad():
-        rank = len(problem.shape)
-        window = [*problem.kernel_size, *[1] * rank, *problem.dilation, *[0] * rank]
-        scale = problem.dim**-0.5
-        out, lse = ours(problem, packed, inputs.rpb)
-    attended = ours(problem, packed, inputs.rpb)[0]
-
-    def forward() -> object:
-        with torch.no_grad():
-            return ours(problem, packed, inputs.rpb)
-
-    def backward_op() -> object:
-        with torch.no_grad():
-            return torch.ops.dinat_triton.fused_backward(
-                [packed], inputs.rpb, None, out, lse, inputs.grad_out, None, window, scale, 0.0, OURS
-            )
-
-    def backward() -> object:
-        return torch.autograd.grad(attended, (packed, inputs.rpb), inputs.grad_out, retain_graph=True)
-
-    calls: dict[tuple[str, str], Callable[[], object]] = {(OURS, FORWARD): forward, (OURS, BACKWARD): backward}
-    if packed.device.type == "cuda":
-        for pass_, call in ((FORWARD, forward), (BACKWARD, backward_op)):
-            call()
-            calls[f"{OURS} graph", pass_] = graphed(call)
-    return calls
-
-
-def peer_calls(peer: Peer, problem: Problem, inputs: Inputs, expected: Tensor) -> dict[str, Callable[[], object]]:
-    """Forward and backward of a peer that agrees with us; raises where there is none."""
-    if reason := peer.obstacle(inputs):
-        raise RuntimeError(reason)
-    call: Call = peer.prepare(problem, inputs)
-    out = call()
-    if peer.has_bias:
-        difference = (out - expected).abs().max().item()
-        if not difference <= 0.1:
-            raise RuntimeError(f"its result differs from ours by {difference:.1e}")
-    leaves = inputs.leaves if peer.has_bias else inputs.leaves[:3]
-
-    def forward() -> object:
-        with torch.no_grad():
-            return call()
-
-    forward()
-    return {FORWARD: forward, BACKWARD: lambda: torch.autograd.grad(out, leaves, inputs.grad_out, retain_graph=True)}
-
-
-def work(problem: Problem, pass_: str, itemsize: int, bandwidth: float) -> dict[str, float]:
-    """Bytes and operations that nothing can do without, and what the bytes take: 4 tensors, or 8 in the backward."""
-    maps = problem.batch * problem.heads
-    tensor = maps * problem.tokens * problem.dim * itemsize
-    pairs = problem.tokens
-    for k in problem.kernel_size:
-        pairs *= k
-    moved = (4 if pass_ == FORWARD else 8) * tensor
-    products = 2 if pass_ == FORWARD else 5
-    flops = 2 * products * pairs * maps * problem.dim
-    return {"bytes": moved, "flops": flops, "floor_ms": round(1e3 * moved / bandwidth, 6)}
-
-
-def ceilings(device: torch.device) -> dict[str, float]:
-    """Bytes per second of a copy, read and written, and operations per second of a large bf16 product."""
-    size, side = (1 << 30, 8192) if device.type == "cuda" else (1 << 22, 64)
-    source = torch.empty(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
-    copy = timings(lambda: target.copy_(source), device).median
-    product = timings(lambda: a @ b, device).median
-    return {"copy_bytes_per_s": 2 * size / copy * 1e3, "bf16_flops_per_s": 2 * side**3 / product * 1e3}
-
-
-class Timer:
-    """Times cells until its time is up: first ours everywhere, then peer by peer."""
-
-    def __init__(self, options: argparse.Namespace, limits: Mapping[str, float]):
-        self.device, self.deadline, self.limits = options.device, time.monotonic() + options.budget, limits
-        self.records: list[Record] = []
-
-    @property
-    def over(self) -> bool:
-        return time.monotonic() > self.deadline
-
-    def add(self, problem: Problem, implementation: str, pass_: str, **found: Any) -> None:
-        needed = work(problem, pass_, 2, self.limits["copy_bytes_per_s"])
-        if timing := found.get("timing"):
-            needed["fraction_of_floor"] = round(needed["floor_ms"] / timing.median, 4)
-        self.records.append(Record(problem.to_dict(), implementation, pass_, "bfloat16", work=needed, **found))
-
-    def time_ours(self, problem: Problem) -> None:
-        try:
-            packed, inputs = draw(problem, torch.bfloat16, self.device, grad=True)
-            for (name, pass_), call in our_calls(problem, packed, inputs).items():
-                self.add(problem, name, pass_, timing=timings(call, self.device))
-        except Exception as error:
-            self.add(problem, OURS, FORWARD, reason=f"{type(error).__name__}: {first_line(error)}")
-        self.clear()
-
-    def time_peer(self, problem: Problem, peer: Peer) -> None:
-        reason = "the time was up" if self.over else None
-        if reason is None:
-            try:
-                packed, inputs = draw(problem, torch.bfloat16, self.device, grad=True)
-                with torch.no_grad():
-                    expected = ours(problem, packed, inputs.rpb)[0]
-                for pass_, call in peer_calls(peer, problem, inputs, expected).items():
-                    self.add(problem, peer.name, pass_, timing=timings(call, self.device))
-                    print(f"{problem.name} b{problem.batch} {peer.name} {pass_}", flush=True)
-            except Exception as error:
-                reason = first_line(error)
-        if reason is not None:
-            self.add(problem, peer.name, FORWARD, reason=reason)
-        self.clear()
-
-    def clear(self) -> None:
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
 def time_layers(options: argparse.Namespace) -> int:
+    """Until the time is up: first ours everywhere, then peer by peer, those that compile long last."""
     env = harness.environment(options.device)
-    if options.dry_run:
-        problems = [problem_of(layer, 1, "tiny") for layer in TINY]
-    else:
-        problems = [problem_of(layer, batch, name) for name, batch in TIMED for layer in layers_of(name)]
-    timer = Timer(options, ceilings(options.device))
-    for problem in problems:
-        timer.time_ours(problem)
-    save(options.out, env, timer)
-    chosen = peers.find(["sdpa"] if options.dry_run else PEERS)
-    for peer in chosen:
-        for problem in problems:
-            timer.time_peer(problem, peer)
-        save(options.out, env, timer)
-    failed = [r for r in timer.records if r.implementation == OURS and r.reason]
-    for record in failed:
-        print(f"FAILED {record.problem['name']}: {record.reason}")
-    return 1 if failed else 0
-
-
-def save(folder: Path, env: Mapping[str, Any], timer: Timer) -> None:
-    harness.add_ratios(timer.records, OURS)
-    harness.save(folder / "layers.json", env, timer.records, ceilings=dict(timer.limits))
+    timed = [("tiny", TINY, 1)] if options.dry_run else [(name, layers_of(name), batch) for name, batch in TIMED]
+    problems = [problem_of(name.partition("@")[0], x, batch) for name, layers, batch in timed for x in layers]
+    cells = [Cell(problem, torch.bfloat16, pass_) for problem in problems for pass_ in (FORWARD, BACKWARD)]
+    mine = [ops.ours(OURS)] if options.dry_run else [ops.ours(OURS), ops.ours_graphed(OURS)]
+    chosen = ops.find_peers(DRY_PEERS if options.dry_run else None, options.device)
+    seconds = DRY_SECONDS if options.dry_run else ops.SECONDS
+    ceilings = measure_ceilings(options.device)
+    bench = Bench(options.device, OURS, ceilings, seconds, deadline=time.monotonic() + options.budget)
+    records: list[Record] = []
+    for group in (mine, *([peer] for peer in chosen)):
+        for cell in cells:
+            records += bench.measure(cell, group)
+        print(f"{group[0].name}: {sum(r.timing is not None for r in records)} times so far", flush=True)
+        harness.add_ratios(records, OURS)
+        ops.save(options.out / "layers.json", env, records, bench)
+    return ops.verdict(records, OURS, strict=False)
 
 
 # What was found
 
 
 def report(options: argparse.Namespace) -> int:
+    """Every result file in the folder as a table; 1 if no layer was timed."""
     path = options.out / "layers.json"
-    if not path.exists():
+    if path.exists():
+        report_layers(path)
+    else:
         print("No layer was timed.")
-        return 1
-    data = harness.load(path)
+    for name, module in (("models", models), ("first_call", first_call), ("overhead", overhead)):
+        found = options.out / f"{name}.json"
+        if found.exists():
+            print(f"\n{module.report(harness.load_records(found))}")
+            for verdict in harness.load(found).get("targets", []):
+                print(harness.verdict_line(verdict))
+    return int(not path.exists())
+
+
+def report_layers(path: Path) -> None:
+    data, records = harness.load(path), harness.load_records(path)
     limits = data["ceilings"]
     print(f"{data['environment']['device']}: copy {limits['copy_bytes_per_s'] / 1e12:.2f} TB/s, "
-          f"bf16 product {limits['bf16_flops_per_s'] / 1e12:.0f} TFLOP/s")  # fmt: skip
-    cells: dict[tuple[str, int, str], dict[str, dict]] = {}
-    for record in data["records"]:
-        key = (record["problem"]["name"], record["problem"]["batch"], record["pass"])
-        cells.setdefault(key, {})[record["implementation"]] = record
-    names = [name for name in PEERS if any(name in cell for cell in cells.values())]
-    rows = [row(key, cell, names) for key, cell in cells.items()]
-    print(harness.table(["us", OURS, "graph", "of floor", *(f"x {name}" for name in names)], rows))
-    print_means(cells, names)
-    reasons = {(r["implementation"], r["reason"]) for r in data["records"] if r["reason"]}
-    for name, reason in sorted(reasons):
-        print(f"- {name}: {reason}")
+          f"bf16 product {limits['product_flops_per_s']['bfloat16'] / 1e12:.0f} TFLOP/s\n")  # fmt: skip
+    print(ops.report(records, OURS))
     if "H200" in data["environment"]["device"]:
-        print_targets(cells)
-    return 0
+        print("\n".join(map(harness.verdict_line, judge(records))))
 
 
-def row(key: tuple[str, int, str], cell: Mapping[str, dict], names: Sequence[str]) -> list[str]:
-    def us(name: str) -> str:
-        timing = cell.get(name, {}).get("ms")
-        return f"{1e3 * timing['median']:.1f}" if timing else "-"
-
-    mine = cell.get(OURS, {})
-    fraction = mine.get("work", {}).get("fraction_of_floor")
-    ratios = mine.get("ratios", {})
-    shown = [f"{ratios[name]:.2f}" if name in ratios else "-" for name in names]
-    return [f"{key[0]} b{key[1]} {key[2]}", us(OURS), us(f"{OURS} graph"), f"{fraction:.0%}" if fraction else "-",
-            *shown]  # fmt: skip
-
-
-def print_means(cells: Mapping[tuple[str, int, str], Mapping[str, dict]], names: Sequence[str]) -> None:
-    for name in names:
-        ratios = [r for cell in cells.values() if (r := cell.get(OURS, {}).get("ratios", {}).get(name))]
-        if ratios:
-            slower = sum(r < 1 for r in ratios)
-            mean = harness.geometric_mean(ratios)
-            print(f"{name}: {mean:.2f}x our time in geometric mean of {len(ratios)} cells, faster in {slower}")
-
-
-def print_targets(cells: Mapping[tuple[str, int, str], Mapping[str, dict]]) -> None:
-    for pass_, targets in TARGETS.items():
-        for layer, target in zip(("224/56x56-d8", "224/56x56-d1"), targets, strict=True):
-            timing = cells.get((f"dinat_mini@224:{layer}", 128, pass_), {}).get(OURS, {}).get("ms")
-            if timing:
-                state = "met" if timing["median"] <= target else "MISSED"
-                print(f"{layer} {pass_}: {1e3 * timing['median']:.1f} us, target {1e3 * target:.0f}: {state}")
-
-
-def first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "")[:200]
+def judge(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """The targets of DiNAT-Mini's first level at batch 128, in milliseconds."""
+    verdicts = []
+    for r in records:
+        target = TARGETS.get((r.problem["name"], r.pass_))
+        whose = (r.problem["model"], r.problem["batch"], r.implementation)
+        if target and r.timing and whose == ("dinat_mini", 128, OURS):
+            us = 1e3 * r.timing.median
+            name = f"{r.problem['name']} {r.pass_} at most {1e3 * target:.0f} us"
+            verdicts.append({"target": name, "value": round(us, 2), "met": r.timing.median <= target})
+    return verdicts
 
 
 PARTS = {"check": check, "small": small, "time": time_layers, "report": report}
@@ -427,12 +249,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("part", choices=(*PARTS, "where"))
     parser.add_argument("--out", type=Path, help="folder of the results (default: bench/results/<device>)")
     parser.add_argument("--budget", type=float, default=120, help="seconds after which no more is begun (default: 120)")
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, in the interpreter, with tiny layers")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="on the CPU, in the interpreter, with tiny layers and no budget"
+    )
     options = parser.parse_args(arguments)
     options.device = torch.device("cpu" if options.dry_run else "cuda")
     if not options.dry_run and not torch.cuda.is_available():
         print("bench.gpu: torch sees no GPU; --dry-run tries everything on the CPU", file=sys.stderr)
         return 2
+    if options.dry_run:
+        options.budget = math.inf
     options.out = options.out or harness.default_path(options.device, "gpu").parent
     if options.part == "where":
         print(options.out)

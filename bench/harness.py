@@ -11,6 +11,7 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,10 +20,13 @@ from typing import Any
 
 import torch
 
+from dinat_triton.tuned import cpu_name
+
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
-SCHEMA = 1
-FORWARD, FORWARD_BACKWARD = PASSES = ("forward", "forward+backward")
+SCHEMA = 2
+FORWARD, BACKWARD, FORWARD_BACKWARD = PASSES = ("forward", "backward", "forward+backward")
+BUSY = 0.5
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,21 @@ class Record:
     ratios: dict[str, float] = field(default_factory=dict)
     """Of our records: time of each peer over ours."""
     work: dict[str, float] = field(default_factory=dict)
-    """Bytes and operations that any implementation needs, and the floor in milliseconds that follows."""
+    """Bytes and operations that any implementation needs, the floor in milliseconds that follows, and fractions."""
+    also: dict[str, Any] = field(default_factory=dict)
+    """What else was measured, such as `peak_bytes` and `first_call_ms`."""
+
+    @property
+    def cell(self) -> tuple[str, str, str]:
+        """What records have in common that can be set against each other."""
+        return json.dumps(self.problem, sort_keys=True), self.pass_, self.dtype
+
+    @property
+    def title(self) -> str:
+        """What was measured, by the names that the problem has, such as `dinat_mini@224/56x56-d8`."""
+        names = "@".join(value for value in self.problem.values() if isinstance(value, str))
+        batch = self.problem.get("batch", 1)
+        return f"{names}{f' b{batch}' if batch > 1 else ''} {self.dtype} {self.pass_}"
 
     def to_dict(self) -> dict[str, Any]:
         timing = None if self.timing is None else {k: round(v, 5) for k, v in vars(self.timing).items()}
@@ -66,18 +84,21 @@ class Record:
             "dtype": self.dtype,
             "ms": timing,
             "reason": self.reason,
-        } | {name: found for name, found in (("ratios", ratios), ("work", self.work)) if found}
+        } | {name: found for name, found in (("ratios", ratios), ("work", self.work), ("also", self.also)) if found}
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> Record:
+        timing = None if entry["ms"] is None else Timing(**entry["ms"])
+        more = (dict(entry.get(name, {})) for name in ("ratios", "work", "also"))
+        names = (entry["implementation"], entry["pass"], entry["dtype"])
+        return cls(entry["problem"], *names, timing, entry["reason"], *more)
 
 
 def add_ratios(records: Sequence[Record], ours: str) -> None:
     """Fills in `ratios` of our records from the peers' records of the same cell."""
-
-    def cell(record: Record) -> tuple[str, str, str]:
-        return json.dumps(record.problem, sort_keys=True), record.pass_, record.dtype
-
-    mine = {cell(r): r for r in records if r.implementation == ours and r.timing}
+    mine = {r.cell: r for r in records if r.implementation == ours and r.timing}
     for record in records:
-        own = mine.get(cell(record))
+        own = mine.get(record.cell)
         if own and own.timing and record.timing and record.implementation != ours:
             own.ratios[record.implementation] = record.timing.median / own.timing.median
 
@@ -111,6 +132,22 @@ def measure(
     return {name: Timing.of(values) for name, values in samples.items()}
 
 
+def measure_on(device: torch.device, calls: Mapping[str, Callable[[], object]], budget: float) -> dict[str, Timing]:
+    """Times warm callables: on a GPU each by events, with a cold L2; elsewhere side by side.
+
+    Args:
+        device: Where they run.
+        calls: By name.
+        budget: Seconds for each; a GPU needs a fifth of them.
+    """
+    if device.type != "cuda":
+        return measure(calls, budget=budget)
+    from triton.testing import do_bench
+
+    rep = 200 * budget
+    return {n: Timing.of(do_bench(c, warmup=rep / 6, rep=rep, return_mode="all")) for n, c in calls.items()}
+
+
 def _burst(call: Callable[[], object], seconds: float, synchronize: Callable[[], None]) -> list[float]:
     """Milliseconds of the calls that fit; a first short one only brings the caches back after another's turn."""
     times: list[float] = []
@@ -139,11 +176,23 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            **{name: _version(name) for name in ("triton", "natten", "dinat-triton")},
+            **{name: _version(name) for name in ("triton", "natten", "timm", "dinat-triton")},
         },
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def prepare_process(threads: int | None = None) -> None:
+    """Threads as asked for, and a warning if the machine is busy.
+
+    Torch's threads wait for each other in a spin: one more busy process can make a short call 50 times as long.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    load = load_average()
+    if load is not None and load > BUSY:
+        print(f"The machine was busy in the last minute (load {load:.1f}): these times may mislead.", file=sys.stderr)
 
 
 def load_average() -> float | None:
@@ -153,14 +202,6 @@ def load_average() -> float | None:
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-
-
-def cpu_name() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def driver_version() -> str | None:
@@ -188,10 +229,40 @@ def save(path: Path, env: Mapping[str, Any], records: Sequence[Record], **more: 
 
 
 def load(path: Path) -> dict[str, Any]:
-    data = json.loads(path.read_text(encoding="utf-8"))
-    if data.get("schema") != SCHEMA:
-        raise ValueError(f"{path.name} has schema {data.get('schema')}, expected {SCHEMA}")
+    """Reads a result file; refuses one that is not whole or of another schema."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a whole result file: {error}") from None
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"{path} must be a result file of schema {SCHEMA}, got schema {schema}")
     return data
+
+
+def load_records(path: Path) -> list[Record]:
+    """The records of a result file."""
+    try:
+        return [Record.from_dict(entry) for entry in load(path)["records"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no records of a benchmark: {error!r}") from None
+
+
+def shown(path: Path) -> str:
+    """A path for a message: within the repository relative to it."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+def verdict_line(verdict: Mapping[str, Any]) -> str:
+    """A target, what was reached, and whether that meets it."""
+    state = {True: "met", False: "MISSED", None: "not measured"}[verdict["met"]]
+    value = "" if verdict["value"] is None else f"{verdict['value']:.2f}"
+    return f"{verdict['target']:<80} {value:>8}  {state}".rstrip()
+
+
+def milliseconds(ms: float) -> str:
+    """Three digits, whether of a kernel or of a training step."""
+    return f"{ms:.{max(0, 2 - math.floor(math.log10(ms)))}f}" if ms > 0 else "0"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

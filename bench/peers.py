@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch._functorch.config as functorch_config
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-
-Call = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
 class Problem:
     """One layer. `weight` is how often the model has it."""
 
+    model: str
     name: str
     shape: tuple[int, ...]
     heads: int
@@ -29,11 +32,21 @@ class Problem:
     weight: int = 1
 
     @property
+    def label(self) -> str:
+        return f"{self.model}@{self.name}" + (f" b{self.batch}" if self.batch > 1 else "")
+
+    @property
     def tokens(self) -> int:
         return math.prod(self.shape)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> Problem:
+        """Of a result file, which knows no tuples."""
+        fields: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in entry.items()}
+        return cls(**fields)
 
 
 @dataclass(frozen=True)
@@ -60,45 +73,45 @@ class Inputs:
         requires_grad: bool = False,
         seed: int = 0,
     ) -> Inputs:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
 
-        def normal(*shape: int, grad: bool = requires_grad) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_(grad)
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
 
         shape = (problem.batch, *problem.shape, problem.heads, problem.dim)
         bias = normal(problem.heads, *(2 * k - 1 for k in problem.kernel_size))
-        return cls(normal(*shape), normal(*shape), normal(*shape), bias, normal(*shape, grad=False))
+        query, key, value, bias = (x.requires_grad_(requires_grad) for x in (*(normal(*shape) for _ in range(3)), bias))
+        return cls(query, key, value, bias, normal(*shape))
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A warm way to attend: the call, and the tensors that have gradients in it."""
+
+    call: Callable[[], Tensor]
+    leaves: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Somebody else's way to compute a problem.
+    """A way to compute a problem.
 
     `prepare` does once what does not depend on the tensors' values. `obstacle` says why a problem cannot run, or None.
+    What is to be a `graph` is captured as one and replayed.
     """
 
     name: str
-    prepare: Callable[[Problem, Inputs], Call]
+    prepare: Callable[[Problem, Inputs], Attention]
     obstacle: Callable[[Inputs], str | None] = lambda inputs: None
     has_bias: bool = True
+    same_function: bool = True
+    graph: bool = False
 
 
-def dinat_mini(resolution: int, batch: int = 1) -> list[Problem]:
-    """The distinct attention layers of DiNAT-Mini, named by resolution, map and dilation."""
-    dilations = {
-        224: ([1, 8, 1], [1, 4, 1, 4], [1, 2] * 3, [1] * 5),
-        384: ([1, 13, 1], [1, 6, 1, 6], [1, 3] * 3, [1] * 5),
-    }
-    if resolution not in dilations:
-        raise ValueError(f"resolution must be one of {sorted(dilations)}, got {resolution}")
-    layers = []
-    for stage, of_layers in enumerate(dilations[resolution]):
-        size = resolution // (4 << stage)
-        for d in sorted(set(of_layers)):
-            name = f"{resolution}/{size}x{size}-d{d}"
-            weight = of_layers.count(d)
-            layers.append(Problem(name, (size, size), 2 << stage, 32, (7, 7), (d, d), batch, weight))
-    return layers
+def quiet() -> None:
+    """Keeps the peers' warnings about missing GPUs and uncompiled calls out of a report."""
+    warnings.filterwarnings("ignore", module=r"(torch|natten)\b")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def _axis(size: int, kernel: int, dilation: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -125,7 +138,7 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
     return (a[:, None, :, None] + b[None, :, None, :]).reshape(len(a) * len(b), -1)
 
 
-def prepare_gather(problem: Problem, inputs: Inputs) -> Call:
+def prepare_gather(problem: Problem, inputs: Inputs) -> Attention:
     """As one first writes it: copy each query's keys and values by advanced indexing, then two einsums."""
     keys, pairs = neighbors(problem, inputs.query.device)
     scale = problem.dim**-0.5
@@ -136,10 +149,10 @@ def prepare_gather(problem: Problem, inputs: Inputs) -> Call:
         probabilities = (logits + inputs.rpb.flatten(1)[:, pairs]).softmax(-1)
         return torch.einsum("bhnk,bnkhd->bnhd", probabilities, value[:, keys]).view_as(inputs.query)
 
-    return call
+    return Attention(call, inputs.leaves)
 
 
-def prepare_gather_tuned(problem: Problem, inputs: Inputs) -> Call:
+def prepare_gather_tuned(problem: Problem, inputs: Inputs) -> Attention:
     """The same with the operations that torch runs fastest, above all in the backward: index_select and matmul."""
     keys, pairs = neighbors(problem, inputs.query.device)
     flat_keys, flat_pairs = keys.flatten(), pairs.flatten()
@@ -153,10 +166,10 @@ def prepare_gather_tuned(problem: Problem, inputs: Inputs) -> Call:
         probabilities = ((scale * query.unsqueeze(-2)) @ key.transpose(-1, -2) + bias).softmax(-1)
         return (probabilities @ value).squeeze(-2).transpose(1, 2).reshape(inputs.query.shape)
 
-    return call
+    return Attention(call, inputs.leaves)
 
 
-def prepare_flex(problem: Problem, inputs: Inputs) -> Call:
+def prepare_flex(problem: Problem, inputs: Inputs) -> Attention:
     """Compiled FlexAttention with index arithmetic in both mods, as its examples do it."""
     kernel_size, dilation, shape, rpb = problem.kernel_size, problem.dilation, problem.shape, inputs.rpb
 
@@ -183,7 +196,7 @@ def prepare_flex(problem: Problem, inputs: Inputs) -> Call:
     return _compile_flex(problem, inputs, mask_mod, score_mod)
 
 
-def prepare_flex_tuned(problem: Problem, inputs: Inputs) -> Call:
+def prepare_flex_tuned(problem: Problem, inputs: Inputs) -> Attention:
     """Compiled FlexAttention with tables for what index arithmetic would compute anew for each pair.
 
     Each axis gets a coordinate in which residue classes lie too far apart to see each other: one comparison then
@@ -226,7 +239,8 @@ def _class_coordinates(problem: Problem, device: torch.device) -> tuple[list[Ten
     return own, first
 
 
-def _compile_flex(problem: Problem, inputs: Inputs, mask_mod: Callable[..., Tensor], score_mod: Any) -> Call:
+def _compile_flex(problem: Problem, inputs: Inputs, mask_mod: Callable[..., Tensor], score_mod: Any) -> Attention:
+    """Compiled here, at the first call."""
     mask = _block_mask(problem, inputs.query.device, mask_mod)
     # A fresh cache for each problem: dynamo gives up on a function that it had to compile too often.
     torch.compiler.reset()
@@ -238,7 +252,10 @@ def _compile_flex(problem: Problem, inputs: Inputs, mask_mod: Callable[..., Tens
         out = attend(query, key, value, score_mod=score_mod, block_mask=mask)
         return out.transpose(1, 2).view_as(inputs.query)
 
-    return call
+    # A backward that is run again and again, to be timed, must leave the tensors saved for it as they are.
+    with functorch_config.patch(donated_buffer=False):
+        call()
+    return Attention(call, inputs.leaves)
 
 
 def _block_mask(problem: Problem, device: torch.device, mask_mod: Callable[..., Tensor], block: int = 128) -> BlockMask:
@@ -260,7 +277,7 @@ def _block_mask(problem: Problem, device: torch.device, mask_mod: Callable[..., 
     )
 
 
-def prepare_sdpa(problem: Problem, inputs: Inputs) -> Call:
+def prepare_sdpa(problem: Problem, inputs: Inputs) -> Attention:
     """Full attention under a bias that is written out for every pair of tokens, -inf outside the window."""
     keys, pairs = neighbors(problem, inputs.query.device)
     heads, tokens = problem.heads, problem.tokens
@@ -273,7 +290,7 @@ def prepare_sdpa(problem: Problem, inputs: Inputs) -> Call:
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         return out.transpose(1, 2).view_as(inputs.query)
 
-    return call
+    return Attention(call, inputs.leaves)
 
 
 def sdpa_obstacle(inputs: Inputs, most: int = 4 << 30) -> str | None:
@@ -288,14 +305,15 @@ def flex_obstacle(inputs: Inputs) -> str | None:
     return None
 
 
-def prepare_natten(problem: Problem, inputs: Inputs) -> Call:
-    """NATTEN as its users call it, without a bias: it has none."""
+def prepare_natten(problem: Problem, inputs: Inputs, backend: str | None = None) -> Attention:
+    """NATTEN as its users call it, without a bias: it has none. Unless one is named it chooses its backend."""
     function = getattr(importlib.import_module("natten"), f"na{len(problem.shape)}d")
+    options = {"kernel_size": problem.kernel_size, "dilation": problem.dilation, "backend": backend}
 
     def call() -> Tensor:
-        return function(inputs.query, inputs.key, inputs.value, problem.kernel_size, dilation=problem.dilation)
+        return function(inputs.query, inputs.key, inputs.value, **options)
 
-    return call
+    return Attention(call, inputs.leaves[:3])
 
 
 def natten_obstacle(inputs: Inputs) -> str | None:
@@ -308,21 +326,77 @@ def natten_obstacle(inputs: Inputs) -> str | None:
     return None
 
 
-PEERS = (
-    Peer("flex", prepare_flex, flex_obstacle),
-    Peer("flex-tuned", prepare_flex_tuned, flex_obstacle),
-    Peer("natten", prepare_natten, natten_obstacle, has_bias=False),
-    Peer("gather", prepare_gather),
-    Peer("gather-tuned", prepare_gather_tuned),
-)
+def natten_backend_obstacle(inputs: Inputs, backend: str) -> str | None:
+    """What NATTEN itself says against one of its backends."""
+    if inputs.query.device.type != "cuda":
+        return f"NATTEN's {backend} runs on NVIDIA GPUs only"
+    if reason := natten_obstacle(inputs):
+        return reason
+    try:
+        checks = importlib.import_module("natten.backends.configs.checks")
+        can_run = getattr(checks, f"can_run_{NATTEN_CHECKS[backend]}")
+        can_run(inputs.query, inputs.key, inputs.value, raise_error=True)
+    except Exception as error:
+        return " ".join(str(error).split())
+    return None
 
-# Too slow for a CPU.
-SDPA = Peer("sdpa", prepare_sdpa, sdpa_obstacle)
+
+NATTEN_CHECKS = {"cutlass-fna": "cutlass_fna", "hopper-fna": "cutlass_hopper_fna"}
+
+SWIN_WINDOW = 7
 
 
-def find(names: Sequence[str]) -> list[Peer]:
-    known = {peer.name: peer for peer in (*PEERS, SDPA)}
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"unknown peers {', '.join(unknown)}; there are {', '.join(known)}")
-    return [known[name] for name in names]
+def prepare_swin(problem: Problem, inputs: Inputs) -> Attention:
+    """timm's WindowAttention of Swin without its projections, as timm runs it: with its bias, on windows of 7x7.
+
+    It is another function: each query attends to the 49 keys of its own window, and windows do not overlap. Keys per
+    query, heads, channels and bias are the same, so on a map of one window it is the same function as ours. The tokens
+    come packed and in windows, and stay there: what Swin spends on partitioning the map is left out.
+    """
+    from timm.models.swin_transformer import WindowAttention
+
+    attention: Any = WindowAttention(problem.heads * problem.dim, problem.heads, window_size=SWIN_WINDOW)
+    attention.qkv = attention.proj = nn.Identity()
+    with torch.no_grad():
+        windows = torch.stack([inputs.query, inputs.key, inputs.value], dim=-3).flatten(-3)
+        windows = windows.view(-1, SWIN_WINDOW**2, windows.shape[-1])
+        # Swin counts offsets from key to query, and keeps heads last.
+        table = inputs.rpb.flip(1, 2).flatten(1).T.contiguous()
+    leaves = tuple(x.requires_grad_(inputs.query.requires_grad) for x in (windows, table))
+    del attention.relative_position_bias_table
+    attention.to(inputs.query.device).relative_position_bias_table = table
+    return Attention(lambda: attention(windows).view_as(inputs.query), leaves)
+
+
+def swin_obstacle(inputs: Inputs) -> str | None:
+    try:
+        importlib.import_module("timm.models.swin_transformer")
+    except ImportError as error:
+        return f"timm cannot be imported: {error}"
+    shape = tuple(inputs.query.shape[1:-2])
+    if len(shape) != 2 or any(size % SWIN_WINDOW for size in shape):
+        return f"its windows of {SWIN_WINDOW}x{SWIN_WINDOW} do not tile this map"
+    return None
+
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer("flex", prepare_flex, flex_obstacle),
+        Peer("flex-tuned", prepare_flex_tuned, flex_obstacle),
+        Peer("natten", prepare_natten, natten_obstacle, has_bias=False),
+        *(
+            Peer(
+                f"natten-{backend}",
+                partial(prepare_natten, backend=backend),
+                partial(natten_backend_obstacle, backend=backend),
+                has_bias=False,
+            )
+            for backend in NATTEN_CHECKS
+        ),
+        Peer("sdpa", prepare_sdpa, sdpa_obstacle),
+        Peer("gather", prepare_gather),
+        Peer("gather-tuned", prepare_gather_tuned),
+        Peer("swin", prepare_swin, swin_obstacle, same_function=False),
+    )
+}

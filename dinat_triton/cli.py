@@ -10,6 +10,7 @@ from dinat_triton.version import __version__
 
 # Imported only when called for, so that `--help` answers at once.
 COMMANDS = {
+    "bench": "time ops, models and whole steps side by side with their peers",
     "classify": "name what images show",
     "convert": "turn a checkpoint from any published layout into any other",
     "digits": "train a small DiNAT on handwritten digits, in a minute",
@@ -17,6 +18,8 @@ COMMANDS = {
     "explore": "play with windows, plans and receptive fields in the browser",
     "inspect": "compile the Triton kernels for any GPU, without one, and judge them",
     "plot": "draw neighborhoods, receptive fields, plans and attention",
+    "roofline": "draw every layer against what the machine allows",
+    "tune": "search the fastest tiles and launch options for this machine",
 }
 
 

@@ -16,16 +16,25 @@ class ProgressBar:
         self.every = 1 if sys.stderr.isatty() else max(1, total // 10)
 
     def step(self, text: str) -> None:
+        """One more is done."""
         self.done += 1
         if self.done % self.every == 0:
-            filled = self.WIDTH * self.done // self.total
-            left = (time.monotonic() - self.start) * (self.total - self.done) / self.done
-            bar = f"[{'#' * filled:{self.WIDTH}}] {100 * self.done // self.total:3} % {left:3.0f} s left  {text}"
-            print(f"\r\033[K{bar}" if self.every == 1 else bar, end="", file=sys.stderr, flush=True)
-            if self.every > 1:
-                print(file=sys.stderr)
+            self._write(text)
+
+    def note(self, text: str) -> None:
+        """Says what is being done, on a terminal."""
+        if self.every == 1 and sys.stderr.isatty():
+            self._write(text)
 
     def close(self) -> None:
         """Leaves the line behind."""
         if self.every == 1:
+            print(file=sys.stderr)
+
+    def _write(self, text: str) -> None:
+        filled = self.WIDTH * self.done // self.total
+        left = (time.monotonic() - self.start) * (self.total - self.done) / max(1, self.done)
+        bar = f"[{'#' * filled:{self.WIDTH}}] {100 * self.done // self.total:3} % {left:3.0f} s left  {text}"
+        print(f"\r\033[K{bar}" if self.every == 1 else bar, end="", file=sys.stderr, flush=True)
+        if self.every > 1:
             print(file=sys.stderr)

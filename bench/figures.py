@@ -1,0 +1,315 @@
+"""The bench's figures, drawn from what was stored: nothing here measures anything.
+
+Ours is always the blue circle. Colours are told apart by every kind of colour vision, and each comes with a shape or a
+shade of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle, groupby, pairwise
+from math import log10
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, NullFormatter, NullLocator, ScalarFormatter
+
+from dinat_triton.bench.profiling import (
+    ACTIVATION,
+    ATTENTION,
+    CONVOLUTION,
+    LINEAR,
+    NORM,
+    OPTIMIZER,
+    OTHER,
+    OVERHEAD,
+    Profile,
+    parts_in,
+)
+from dinat_triton.bench.roofline import LIMITS, OURS, Point, implementations, product_rate, short
+from dinat_triton.bench.scaling import BATCH, DILATED, DILATION, IMAGE, KERNEL, LOCAL, STUDIES, TILED, Case
+from dinat_triton.plots import INK, KEY, PAPER, QUERY, styled
+
+GREEN, PINK, VERMILION, SKY, YELLOW = "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f0e442"
+GREYS = ("#9a9a9a", "#bdbdbd", "#dedede")
+OUR_LOOK: dict[str, Any] = {"color": KEY, "marker": "o"}
+PEER_LOOKS: tuple[dict[str, Any], ...] = tuple(
+    {"color": color, "marker": marker}
+    for color, marker in zip((QUERY, GREEN, VERMILION, PINK, SKY, INK, YELLOW), "s^DvPX<", strict=True)
+)
+PART_LOOKS: dict[str, dict[str, Any]] = {
+    ATTENTION: {"color": KEY},
+    LINEAR: {"color": QUERY},
+    CONVOLUTION: {"color": GREEN},
+    NORM: {"color": SKY},
+    ACTIVATION: {"color": PINK},
+    OTHER: {"color": GREYS[1]},
+    OPTIMIZER: {"color": VERMILION},
+    OVERHEAD: {"color": "#efefef", "hatch": "///", "linewidth": 0},
+}
+LIMIT_LOOKS: dict[str, dict[str, Any]] = {
+    "memory": {"color": INK},
+    "products": {"color": GREEN, "marker": "^"},
+    "exps": {"color": VERMILION, "marker": "D"},
+}
+DASHED: tuple[dict[str, Any], ...] = ({"linestyle": "-", "markersize": 3.5}, {"linestyle": "--", "markersize": 3.5})
+NOTE: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "color": INK}
+
+
+# Rooflines
+
+
+@styled
+def plot_roofline(points: Sequence[Point], ceilings: Mapping[str, Any]) -> Figure:
+    """Per model two panels: its layers under the ceilings, and everyone's times beside those of each limit.
+
+    To the left, a hollow mark is the useful work of a layer and the full one what its plan evaluates, both done in the
+    same time: measured, or where nothing was measured that of its bound. To the right no mark can lie within the bars.
+    """
+    groups = [list(of) for _, of in groupby(points, lambda point: point.group)]
+    heights = [max(2.3, 0.33 * len(group) + 0.5) for group in groups]
+    figure = Figure(figsize=(8.8, sum(heights) + 1), layout="constrained")
+    grid = figure.subplots(len(groups), 2, squeeze=False, height_ratios=heights, width_ratios=(1.15, 1))
+    looks = looks_of(implementations(points))
+    for (roof, times), group in zip(grid, groups, strict=True):
+        _draw_roof(roof, group, ceilings)
+        _draw_times(times, group, ceilings, looks)
+    first = points[0]
+    figure.suptitle(
+        f"{first.pass_}, {first.dtype}, on {ceilings['device']}; ceilings: {ceilings['source']}", fontsize=9
+    )
+    _legend(figure, 6)
+    return figure
+
+
+def looks_of(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """A colour and a shape for everyone: ours first."""
+    peers = [name for name in names if name not in OURS]
+    ours = {name: OUR_LOOK | ({"marker": "*"} if name.endswith("graph") else {}) for name in names if name in OURS}
+    return ours | dict(zip(peers, cycle(PEER_LOOKS), strict=False))
+
+
+def _draw_roof(ax: Axes, points: Sequence[Point], ceilings: Mapping[str, Any]) -> None:
+    places = [marks(point, ceilings) for point in points]
+    intensities, rates = zip(*(mark for pair in places for mark in pair), strict=True)
+    ax.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="FLOP per second")
+    lowest = _draw_ceilings(ax, points, ceilings, (min(intensities) / 3, max(intensities) * 3), min(rates) / 2)
+    for useful, evaluated in places:
+        ax.plot(*zip(useful, evaluated, strict=True), color=KEY, linewidth=1, zorder=3)
+        ax.plot(*useful, "o", color=KEY, markerfacecolor=PAPER, zorder=4, label="useful work of a layer")
+        ax.plot(*evaluated, "o", color=KEY, zorder=4, label="work its plan evaluates")
+    _name(ax, {point.title: evaluated for point, (_, evaluated) in zip(points, places, strict=True)}, lowest)
+    with_units(ax.xaxis, ax.yaxis)
+    timed = sum(point.ours is not None for point in points)
+    state = "" if timed == len(points) else f", {'partly ' * bool(timed)}not measured: at the bounds"
+    ax.set_title(f"{points[0].group}, batch {points[0].batch}{state}", loc="left")
+
+
+def marks(point: Point, ceilings: Mapping[str, Any]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Useful and evaluated: operations per byte, and per second of our time or else of the bound."""
+    seconds = point.seconds(point.ours) if point.ours else point.bound(ceilings)[1]
+    work = point.work
+    useful = work.useful_flops / work.useful_bytes, work.useful_flops / seconds
+    return useful, (work.flops / work.bytes, work.flops / seconds)
+
+
+def _draw_ceilings(
+    ax: Axes, points: Sequence[Point], ceilings: Mapping[str, Any], x: tuple[float, float], bottom: float
+) -> float:
+    """The slope of memory up to the ceiling of products, and that of exponentials; returns the lower one."""
+    copy, products = ceilings["copy_bytes_per_s"], product_rate(ceilings, points[0].dtype)
+    ridge = products / copy
+    left, right = min(x[0], ridge / 6), max(x[1], 8 * ridge)
+    ax.set(xlim=(left, right), ylim=(bottom, 2.5 * products))
+    ax.plot([left, ridge, right], [left * copy, products, products], color=INK, linewidth=1.2, zorder=1)
+    ax.annotate(f"products: {short(products)}FLOP/s", (right, products), (0, 2), ha="right", va="bottom", **NOTE)
+    ax.annotate(f"copies: {short(copy)}B/s", (ridge, products), (-8, 2), ha="right", va="bottom", **NOTE)
+    exps = min(point.work.flops / point.work.exps for point in points) * ceilings["exps_per_s"]
+    if exps < products:
+        ax.plot([exps / copy, right], [exps, exps], color=INK, linewidth=1, linestyle="--", zorder=1)
+        label = f"exponentials: {short(ceilings['exps_per_s'])}/s"
+        ax.annotate(label, (right, exps), (0, 2), ha="right", va="bottom", **NOTE)
+    return min(exps, products)
+
+
+def _name(ax: Axes, named: Mapping[str, tuple[float, float]], lowest_ceiling: float) -> None:
+    """Names marks in the margin to the right, each at the end of a thin line, none over another or a ceiling."""
+    bottom, top = (log10(y) for y in ax.get_ylim())
+    heights = [(log10(y) - bottom) / (top - bottom) for y in (*(y for _, y in named.values()), lowest_ceiling)]
+    heights = spread(heights[:-1], 0.13 / max(1.8, 0.33 * len(named)), heights[-1] - 0.02)
+    leader = {"arrowstyle": "-", "color": GREYS[0], "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)}
+    for (name, place), height in zip(named.items(), heights, strict=True):
+        ax.annotate(name, place, (1.03, height), textcoords="axes fraction", fontsize=7, va="center", arrowprops=leader)
+
+
+def _draw_times(ax: Axes, points: Sequence[Point], ceilings: Mapping[str, Any], looks: Mapping[str, Any]) -> None:
+    rows = range(len(points))
+    limits = [point.work.limits(ceilings, point.dtype) for point in points]
+    least = min(min(each.values()) for each in limits) / 2
+    for number, (name, grey) in enumerate(zip(LIMITS, GREYS, strict=True)):
+        places = [row + 0.27 * (number - 1) for row in rows]
+        widths = [each[name] - least for each in limits]
+        ax.barh(places, widths, height=0.25, left=least, color=grey, label=f"limit: {name}", zorder=1)
+    for name, look in looks.items():
+        timed = [(point.seconds(name), row) for row, point in zip(rows, points, strict=True) if name in point.timings]
+        ax.plot(*zip(*timed, strict=True), linestyle="", markersize=4.5, label=name, zorder=3, **look)
+    ax.set(xscale="log", xlabel="time of a layer", xlim=(least, None), ylim=(len(points) - 0.4, -0.6))
+    ax.set_yticks(rows, [point.title for point in points])
+    ax.yaxis.tick_right()
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    with_units(ax.xaxis, unit="s")
+
+
+# Profiles
+
+
+@styled
+def plot_profiles(profiles: Sequence[Profile], device: str) -> Figure:
+    """A bar per model, as long as its step, cut into its parts; shares of at least 4 % are written in."""
+    figure = Figure(figsize=(8.8, 0.55 * len(profiles) + 1.3), layout="constrained")
+    ax = figure.add_subplot()
+    longest = max(found.seconds for found in profiles)
+    for row, found in enumerate(profiles):
+        left = 0.0
+        for part in parts_in(profiles):
+            look = PART_LOOKS[part]
+            ax.barh(row, 1e3 * found.parts[part], left=1e3 * left, height=0.62, label=part, edgecolor=PAPER, **look)
+            if found.parts[part] >= 0.04 * longest:
+                shade = INK if part in (LINEAR, NORM, OTHER, OVERHEAD, ACTIVATION) else PAPER
+                middle = left + found.parts[part] / 2
+                ax.text(
+                    1e3 * middle, row, f"{found.shares[part]:.0%}", ha="center", va="center", fontsize=8, color=shade
+                )
+            left += found.parts[part]
+    ax.set_yticks(range(len(profiles)), [found.model for found in profiles])
+    ax.set(xlabel="milliseconds of a step", ylim=(len(profiles) - 0.5, -0.5))
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    first = profiles[0]
+    ax.set_title(f"{first.pass_}, batch {first.batch}, {first.dtype}, on {device}", loc="left")
+    _legend(figure, 8)
+    return figure
+
+
+# Scaling
+
+
+@styled
+def plot_scaling(cases: Sequence[Case]) -> Figure:
+    """Small multiples: a column for each thing that varies; scores above, below what each limit takes."""
+    figure = Figure(figsize=(8.8, 4.6), layout="constrained")
+    grid = figure.subplots(2, len(STUDIES), sharex="col", sharey="row")
+    for (above, below), study in zip(grid.T, STUDIES, strict=True):
+        lines = lines_of([case for case in cases if case.study == study])
+        for line in lines.values():
+            _draw_scores(above, line)
+            _draw_limits(below, line)
+        useful = [(case.x, case.work.useful_scores) for case in next(iter(lines.values()))]
+        above.plot(*zip(*useful, strict=True), ":", color=INK, label="scores that attend")
+        above.set(yscale="log")
+        _value_axis(below, study, [x for x, _ in useful])
+    arch = next(case.backend for case in cases if case.limits)
+    grid[0, 0].set_ylabel("scores per query")
+    grid[0, 0].yaxis.set_major_formatter(ScalarFormatter())
+    grid[1, 0].set(ylabel=f"ps per query, {arch}", ylim=(0, None))
+    _legend(figure, 5)
+    return figure
+
+
+def _draw_scores(ax: Axes, line: Sequence[Case]) -> None:
+    case = line[0]
+    who = "tiled, CPU" if case.backend == TILED else f"kernels, {case.backend}"
+    look = PEER_LOOKS[0] if case.backend == TILED else OUR_LOOK
+    values = [(case.x, case.work.scores) for case in line]
+    ax.plot(*zip(*values, strict=True), label=f"{who}, {case.series}", **look, **DASHED[case.series == DILATED])
+
+
+def _draw_limits(ax: Axes, line: Sequence[Case]) -> None:
+    """Picoseconds per query. Memory is the same for all series, so it is named once."""
+    series = line[0].series
+    for name, look in LIMIT_LOOKS.items() if line[0].limits else ():
+        values = [(case.x, 1e12 * case.limits[name] / case.queries) for case in line]
+        label = f"limit: {name}" if name == "memory" else f"limit: {name}, {series}"
+        dashes = DASHED[series == DILATED and name != "memory"]
+        ax.plot(*zip(*values, strict=True), label=label, **look, **dashes)
+
+
+def _value_axis(ax: Axes, study: str, values: Sequence[int]) -> None:
+    """What varies, with ticks at some of its own values."""
+    label, log, step = {
+        IMAGE: ("image, pixels a side", True, 2),
+        KERNEL: ("kernel size", False, 1),
+        DILATION: ("dilation", False, 1),
+        BATCH: ("batch", True, 2),
+    }[study]
+    ax.set(xlabel=label, xscale="log" if log else "linear")
+    ax.set_xticks(values[::step])
+    ax.xaxis.set_major_formatter(ScalarFormatter())
+    ax.xaxis.set_minor_locator(NullLocator())
+
+
+def lines_of(cases: Sequence[Case]) -> dict[tuple[str, str], list[Case]]:
+    """Cases by backend and series, in the order of what varies."""
+    lines: dict[tuple[str, str], list[Case]] = {}
+    for case in sorted(cases, key=lambda case: case.x):
+        lines.setdefault((case.backend, case.series), []).append(case)
+    return lines
+
+
+def _label(case: Case) -> str:
+    return f"{'tiled, CPU' if case.backend == TILED else f'kernels, {case.backend}'}, {case.series}"
+
+
+@styled
+def plot_memory(cases: Sequence[Case]) -> Figure:
+    """Memory against tokens: what the kernels hold, the four tensors alone, and what other ways hold."""
+    cases = [case for case in cases if case.study == IMAGE and case.memory is not None and case.series == LOCAL]
+    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    ax = figure.add_subplot()
+    lines: dict[str, tuple[list[Any], dict[str, Any]]] = {
+        "every score of N x N written": ([c.full_attention_bytes for c in cases], {"color": VERMILION, "marker": "D"}),
+        "every window copied": ([c.gather_bytes for c in cases], {"color": QUERY, "marker": "s"}),
+        "dinat-triton": ([c.memory for c in cases], {"color": KEY, "marker": "o"}),
+        "query, key, value and output": ([4 * c.tensor_bytes for c in cases], {"color": INK, "linestyle": ":"}),
+    }
+    for label, (values, look) in lines.items():
+        ax.plot([case.tokens for case in cases], values, label=label, **look)
+    ax.set(xscale="log", yscale="log", ylabel="memory of a forward")
+    ax.set_xticks([case.tokens for case in cases[::2]], [f"{case.tokens:,}\n{case.x}x{case.x}" for case in cases[::2]])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlabel("tokens, and the image's pixels")
+    with_units(ax.yaxis, unit="B")
+    ax.legend(loc="upper left", fontsize=8)
+    return figure
+
+
+# Help
+
+
+def with_units(*axes: Axis, unit: str = "") -> None:
+    """Labels logarithmic axes 1 k, 1 M, 1 G, with a unit."""
+    for axis in axes:
+        axis.set_major_formatter(EngFormatter(unit))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def _legend(figure: Figure, columns: int) -> None:
+    """Below the panels, each label once."""
+    entries = [ax.get_legend_handles_labels() for ax in figure.axes]
+    handles = {label: handle for pair in entries for handle, label in zip(*pair, strict=True)}
+    look = {"fontsize": 8, "columnspacing": 1.2, "handlelength": 1.6}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(len(handles), columns), **look)
+
+
+def spread(places: Sequence[float], gap: float, most: float) -> list[float]:
+    """Moves places apart that are closer than `gap`: in the same order, about the same middle, none above `most`."""
+    order = sorted(range(len(places)), key=lambda i: places[i])
+    moved = list(places)
+    for previous, i in pairwise(order):
+        moved[i] = max(moved[i], moved[previous] + gap)
+    highest = moved[order[-1]]
+    slip = max((highest - places[order[-1]]) / 2, highest - most)
+    return [place - slip for place in moved]
