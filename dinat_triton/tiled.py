@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from dinat_triton.plan import Plan, tile_candidates
 
 # What a tile choice costs on two CPU cores, in nanoseconds: a score, a token of one head that is gathered, an entry of
 # the bias table, and the calls for a tile class.
-SCORE_NS, TOKEN_NS, ENTRY_NS, CLASS_NS = 0.75, 13.0, 0.7, 10_000.0
+SCORE_NS, TOKEN_NS, ENTRY_NS, CLASS_NS = 0.7, 15.0, 0.4, 40_000.0
 # Scores held at once: a few megabytes, so that a group's products and softmax stay in cache.
 SCORES_AT_ONCE = 1 << 20
 MOST_ROWS = 1024
@@ -141,14 +142,15 @@ class Problem:
 
     def unfold(self, tile: Tensor, cells: Tensor) -> Tensor:
         """The inverse of `gather`'s folding: `[batch, tiles * cells, heads, dim]`."""
-        folded = tile.unflatten(2, (-1, cells.shape[1])).permute(0, 3, 1, 2, 4)
-        return folded.reshape(self.batch, -1, folded.shape[2] * folded.shape[3], tile.shape[-1])
+        tiles, kv_heads, _, dim = tile.shape
+        folded = tile.view(tiles, kv_heads, -1, cells.shape[1], dim).permute(0, 3, 1, 2, 4)
+        return folded.reshape(self.batch, -1, folded.shape[2] * folded.shape[3], dim)
 
     def in_order(self, parts: list[Tensor]) -> Tensor:
         """Rows in the order of the plan brought into that of the map, `[batch, *shape, heads, dim]`."""
         x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         x = x.contiguous() if self.layout.is_whole else x.index_select(1, self.layout.order)
-        return x.unflatten(1, self.geometry.shape)
+        return x.view(self.batch, *self.geometry.shape, *x.shape[2:])
 
     def add(self, tile: Tensor, group: Group, out: Tensor) -> None:
         """Adds column tiles to their tokens; a token can be a column of several tiles."""
@@ -161,7 +163,7 @@ class Problem:
     def mask(self, group: Group, table: Tensor) -> Tensor:
         """The group's part of the table, `[1, key heads or 1, group * rows, columns]`: SDPA's fast path wants 4-D."""
         shared = self.heads // self.kv_heads
-        part = table[:, group.pairs].unflatten(1, (group.rows.shape[1], group.columns.shape[1]))
+        part = table[:, group.pairs].view(len(table), group.rows.shape[1], group.columns.shape[1])
         if shared > 1:
             part = part.repeat(1, shared, 1) if len(part) == 1 else part.reshape(self.kv_heads, -1, part.shape[-1])
         return part.unsqueeze(0)
@@ -260,7 +262,8 @@ def tile_ns(geometry: Geometry, batch: int, heads: int, tile: tuple[int, ...]) -
 def tile_work(geometry: Geometry, batch: int, heads: int, tile: tuple[int, ...]) -> tuple[int, int, int, int]:
     """Scores, gathered tokens, entries of the bias table and tile classes of a choice."""
     cost = Plan(geometry, tile).cost()
-    tokens = 2 * (cost.queries + cost.col_loads)
+    # A tile that is the whole map is read where it lies.
+    tokens = 0 if prod(tile) == geometry.num_tokens else 2 * (cost.queries + cost.col_loads)
     return batch * heads * cost.scores, batch * heads * tokens, heads * cost.table_entries, cost.launches
 
 
