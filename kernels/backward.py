@@ -86,7 +86,7 @@ def closed_backward_kernel(
 
     if HAS_BIAS:
         program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(grad_pairs + program * (ROWS * CHUNK) + pair_at(ROWS, CHUNK), grad_bias)
+        tl.store(grad_pairs + (program * ROWS + row[:, None]) * CHUNK + col[None, :], grad_bias)
 
 
 @triton.jit
@@ -128,11 +128,11 @@ def query_backward_kernel(
     end_item = tl.minimum(first_item + batch_step, batch)
     row, col = tl.arange(0, ROWS), tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
     span = max_chunks * CHUNK
-    class_at, chunk_at = tile_class * (ROWS * span), tl.program_id(2) * (ROWS * CHUNK)
+    class_at = tile_class * (ROWS * span)
     if ALL_CHUNKS:
         bias_at = bias_source + tl.multiple_of(head.to(tl.int64) * bias_head, 16) + class_at
     else:
-        rel_tile = tl.load(rel + class_at + chunk_at + pair_at(ROWS, CHUNK))
+        rel_tile = tl.load(rel + class_at + tl.program_id(2) * (ROWS * CHUNK) + pair_at(ROWS, CHUNK))
         bias = pair_bias(bias_source, head * bias_head, rel_tile, 1 / scale, HAS_BIAS)  # [R, C]
     to_log2 = scale * LOG2E
     grad_bias = tl.zeros((ROWS, CHUNK), tl.float32)
@@ -174,7 +174,7 @@ def query_backward_kernel(
 
     if GRAD_BIAS:
         program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(grad_pairs + program * (ROWS * span) + chunk_at + pair_at(ROWS, CHUNK), grad_bias)
+        tl.store(grad_pairs + (program * ROWS + row[:, None]) * span + col[None, :], grad_bias)
 
 
 @triton.jit(do_not_specialize=RUNTIME)

@@ -49,8 +49,7 @@ def attend(
     return m_next, total_next, acc
 
 
-# bias_head is specialised: a multiple of 16 lets the table be read 16 bytes at a time.
-@triton.jit(do_not_specialize=["batch", "batch_step", "tokens", "heads", "group", "max_chunks"])
+@triton.jit(do_not_specialize=["batch", "batch_step", "tokens", "heads", "group", "bias_head", "max_chunks"])
 def forward_kernel(
     q, k, v, out, lse, bias_source, seed, row_tokens, col_tokens, runs, rel,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
@@ -74,7 +73,7 @@ def forward_kernel(
         rel_tile = tl.load(rel + class_at + pair_at(ROWS, CHUNK))
         bias = pair_bias(bias_source, head * bias_head, rel_tile, 1 / scale, HAS_BIAS)  # [R, C]
     else:
-        bias_at = bias_source + head.to(tl.int64) * bias_head + class_at
+        bias_at = bias_source + tl.multiple_of(head.to(tl.int64) * bias_head, 16) + class_at
     to_log2 = scale * LOG2E
 
     for tile in range(first, end):

@@ -46,7 +46,7 @@ class Layout:
     def members(self) -> Tensor:
         """`[offsets, longest]`: the pairs of all classes that each bias entry is added to, padded with -1."""
         # Anew from the plan: reading it back from the device would wait for it.
-        rel = _pairs(self.plan, self.max_chunks).ravel()
+        rel = _pictures(self.plan, self.max_chunks * self.plan.chunk).ravel()
         order = np.argsort(rel, kind="stable")[np.count_nonzero(rel == MASKED) :]
         counts = np.bincount(rel[order], minlength=self.plan.geometry.num_offsets)
         members = np.full((len(counts), counts.max()), -1, dtype=np.int32)
@@ -87,17 +87,21 @@ def layout_of(plan: Plan, tiles_per_run: int, wide: bool, device: torch.device) 
         max_chunks=max_chunks,
         row_tokens=place(np.concatenate([c.row_tokens for c in plan.classes]), address),
         col_tokens=place(np.concatenate([_widen(c.col_tokens, span, PADDING) for c in plan.classes]), address),
-        rel=place(_pairs(plan, max_chunks)),
+        rel=place(_by_accumulator(_pictures(plan, span), max_chunks)),
         runs=place(runs),
         first_run=place(first_run),
     )
 
 
-def _pairs(plan: Plan, max_chunks: int) -> np.ndarray:
-    """`rel` of every tile class, chunk by chunk, in the order of `tiles.pair_at`."""
-    rel = np.stack([_widen(c.rel, max_chunks * plan.chunk, MASKED) for c in plan.classes])
+def _pictures(plan: Plan, span: int) -> np.ndarray:
+    """`rel` of every tile class, `[classes, ROWS, span]`."""
+    return np.stack([_widen(c.rel, span, MASKED) for c in plan.classes])
+
+
+def _by_accumulator(pictures: np.ndarray, max_chunks: int) -> np.ndarray:
+    """Chunk by chunk, in the order of `tiles.pair_at`."""
     order = "tile_class (warp half row) (chunk block lane pair) -> tile_class chunk (block warp row lane half pair)"
-    return rearrange(rel, order, half=2, row=8, chunk=max_chunks, lane=4, pair=2)
+    return rearrange(pictures, order, half=2, row=8, chunk=max_chunks, lane=4, pair=2)
 
 
 def _widen(array: np.ndarray, columns: int, fill: int) -> np.ndarray:
