@@ -74,7 +74,7 @@ class Profile:
         parts = {part: median(tally.parts[part] for tally in tallies) for part in PARTS}
         scale = min(1.0, step / sum(parts.values()))
         parts = {part: scale * each for part, each in parts.items()}
-        parts[OVERHEAD] += step - sum(parts.values())
+        parts[OVERHEAD] += max(0.0, step - sum(parts.values()))  # what scaling leaves may round below zero
         timing = Timing.of([1e3 * each for each in seconds])
         return cls(model, pass_, batch, dtype, parts, median_low(tally.operations for tally in tallies), timing)
 
