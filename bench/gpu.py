@@ -15,9 +15,7 @@ import json
 import math
 import sys
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ import dinat_triton as dt
 from dinat_triton.bench import first_call, harness, models, ops, overhead
 from dinat_triton.bench.ceilings import measure_ceilings
 from dinat_triton.bench.harness import BACKWARD, FORWARD, Record
+from dinat_triton.bench.layer_run import FLOAT32_ERROR, errors, poisoned
 from dinat_triton.bench.ops import Bench, Cell, first_line, problem_of
 from dinat_triton.bench.peers import Problem
 from dinat_triton.layers import Layer, layers_of
@@ -36,7 +35,6 @@ OURS = ops.OURS["cuda"]
 CHECKED = ("dinat_mini@224", "dinat_mini@384", "dinat_mini@coco", "dinat_large@224")
 TIMED = (("dinat_mini@224", 128), ("dinat_large@224", 128), ("dinat_mini@224", 1), ("dinat_large@224", 1))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FLOAT32_ERROR = 1e-5
 # Milliseconds of layers of DiNAT-Mini, batch 128, bf16, on an H200: dense and sliding.
 TARGETS = {
     ("224/56x56-d8", FORWARD): 0.055,
@@ -51,18 +49,6 @@ DRY_SECONDS = 0.01
 
 
 # Is it right
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """Uninitialised tensors hold NaN: what nobody wrote cannot pass for a result."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def draw(problem: Problem, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
@@ -87,14 +73,6 @@ def tensors_of(problem: Problem, tensors: Sequence[Tensor], backend: str) -> dic
     grads = torch.autograd.grad((out, lse), (packed, rpb), (grad_out, grad_lse.to(lse.dtype)))
     named = dict(zip(("dq", "dk", "dv"), grads[0].unbind(-3), strict=True))
     return {"out": out.detach(), "lse": lse.detach(), **named, "drpb": grads[1]}
-
-
-def errors(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, float]:
-    """Of each tensor, the norm of its error over its own; NaN stays NaN."""
-    return {
-        name: (torch.linalg.vector_norm(found[name].double() - x) / torch.linalg.vector_norm(x)).item()
-        for name, x in truth.items()
-    }
 
 
 def check_layer(problem: Problem, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
