@@ -292,34 +292,27 @@ na1d_qk, na2d_qk, na3d_qk = _qk(1), _qk(2), _qk(3)
 na1d_av, na2d_av, na3d_av = _av(1), _av(2), _av(3)
 
 
-def natten1dqkrpb(query: Tensor, key: Tensor, rpb: Tensor | None, kernel_size: Ints, dilation: Ints) -> Tensor:
-    """`na1d_qk` with its bias."""
-    return na1d_qk(query, key, kernel_size, dilation, rpb=rpb)
+def _oldest(rank: int, qk: Any, av: Any) -> tuple[Any, Any, Any]:
+    """The oldest names of a rank, whose arguments go by position; depth has arguments of its own, so not of 3-D."""
+
+    def qkrpb(query: Tensor, key: Tensor, rpb: Tensor | None, kernel_size: Ints, dilation: Ints) -> Tensor:
+        return qk(query, key, kernel_size, dilation, rpb=rpb)
+
+    def qk_alone(query: Tensor, key: Tensor, kernel_size: Ints, dilation: Ints) -> Tensor:
+        return qk(query, key, kernel_size, dilation)
+
+    def av_alone(attn: Tensor, value: Tensor, kernel_size: Ints, dilation: Ints) -> Tensor:
+        return av(attn, value, kernel_size, dilation)
+
+    functions = {"qkrpb": qkrpb, "qk": qk_alone, "av": av_alone}
+    for suffix, function in functions.items():
+        function.__name__ = function.__qualname__ = f"natten{rank}d{suffix}"
+        function.__doc__ = f"`na{rank}d_{suffix[:2]}`{' with its bias' if suffix == 'qkrpb' else ''}."
+    return qkrpb, qk_alone, av_alone
 
 
-def natten1dqk(query: Tensor, key: Tensor, kernel_size: Ints, dilation: Ints) -> Tensor:
-    """`na1d_qk` without bias."""
-    return na1d_qk(query, key, kernel_size, dilation)
-
-
-def natten1dav(attn: Tensor, value: Tensor, kernel_size: Ints, dilation: Ints) -> Tensor:
-    """`na1d_av`."""
-    return na1d_av(attn, value, kernel_size, dilation)
-
-
-def natten2dqkrpb(query: Tensor, key: Tensor, rpb: Tensor | None, kernel_size: Ints, dilation: Ints) -> Tensor:
-    """`na2d_qk` with its bias."""
-    return na2d_qk(query, key, kernel_size, dilation, rpb=rpb)
-
-
-def natten2dqk(query: Tensor, key: Tensor, kernel_size: Ints, dilation: Ints) -> Tensor:
-    """`na2d_qk` without bias."""
-    return na2d_qk(query, key, kernel_size, dilation)
-
-
-def natten2dav(attn: Tensor, value: Tensor, kernel_size: Ints, dilation: Ints) -> Tensor:
-    """`na2d_av`."""
-    return na2d_av(attn, value, kernel_size, dilation)
+natten1dqkrpb, natten1dqk, natten1dav = _oldest(1, na1d_qk, na1d_av)
+natten2dqkrpb, natten2dqk, natten2dav = _oldest(2, na2d_qk, na2d_av)
 
 
 def natten3dqkrpb(

@@ -6,6 +6,8 @@ have a relative positional bias unless told otherwise, and depth has arguments o
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from dinat_triton import modules
@@ -50,28 +52,25 @@ na1d_qk, na1d_av = natten.na1d_qk, natten.na1d_av
 na2d_qk, na2d_av = natten.na2d_qk, natten.na2d_av
 
 
-def na1d_qk_with_bias(
-    query: Tensor,
-    key: Tensor,
-    bias: Tensor | None,
-    kernel_size: int,
-    dilation: int,
-    additional_keys: Tensor | None = None,
-) -> Tensor:
-    """`na1d_qk` with its bias."""
-    return na1d_qk(query, key, kernel_size, dilation, additional_keys, rpb=bias)
+def _with_bias(qk: Any) -> Any:
+    """`qk` with its bias as an argument by position; depth has arguments of its own, so not of 3-D."""
+
+    def with_bias(
+        query: Tensor,
+        key: Tensor,
+        bias: Tensor | None,
+        kernel_size: int,
+        dilation: int,
+        additional_keys: Tensor | None = None,
+    ) -> Tensor:
+        return qk(query, key, kernel_size, dilation, additional_keys, rpb=bias)
+
+    with_bias.__name__ = with_bias.__qualname__ = f"{qk.__name__}_with_bias"
+    with_bias.__doc__ = f"`{qk.__name__}` with its bias."
+    return with_bias
 
 
-def na2d_qk_with_bias(
-    query: Tensor,
-    key: Tensor,
-    bias: Tensor | None,
-    kernel_size: int,
-    dilation: int,
-    additional_keys: Tensor | None = None,
-) -> Tensor:
-    """`na2d_qk` with its bias."""
-    return na2d_qk(query, key, kernel_size, dilation, additional_keys, rpb=bias)
+na1d_qk_with_bias, na2d_qk_with_bias = _with_bias(na1d_qk), _with_bias(na2d_qk)
 
 
 def na3d_qk_with_bias(
