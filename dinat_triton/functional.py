@@ -20,9 +20,12 @@ Bools = bool | Sequence[bool]
 
 def window_of(rank: int, kernel_size: Ints, stride: Ints, dilation: Ints, is_causal: Bools) -> list[int]:
     """The ops' flat form of a window: kernel_size, stride, dilation and is_causal of every axis."""
-    sizes = (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
-    window = [n for name, value in sizes for n in broadcast_ints(name, value, rank)]
-    return window + [int(causal) for causal in broadcast_bools("is_causal", is_causal, rank)]
+    return [
+        *broadcast_ints("kernel_size", kernel_size, rank),
+        *broadcast_ints("stride", stride, rank),
+        *broadcast_ints("dilation", dilation, rank),
+        *map(int, broadcast_bools("is_causal", is_causal, rank)),
+    ]
 
 
 def attend(

@@ -217,6 +217,8 @@ def broadcast_ints(name: str, value: int | Sequence[int], rank: int) -> tuple[in
     """One positive integer per axis."""
     if type(value) is int and value >= 1:
         return (value,) * rank
+    if type(value) is tuple and [*map(type, value)] == [int] * rank and min(value) >= 1:
+        return value
     values = _broadcast(name, value, rank, "integer")
     for v in values:
         if isinstance(v, bool) or not isinstance(v, (int, np.integer)):

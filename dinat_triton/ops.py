@@ -11,10 +11,12 @@ all axes, one after the other.
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dinat_triton import dropout, reference, tiled
 from dinat_triton.checks import check_dropout, check_rpb, check_scale, check_tensors
@@ -35,6 +37,8 @@ LIBRARY.define(
     "fused_backward(Tensor[] qkv, Tensor? rpb, Tensor? seed, Tensor out, Tensor lse, Tensor grad_out, "
     "Tensor? grad_lse, int[] window, float scale, float dropout_p, str backend) -> (Tensor[], Tensor)"
 )
+
+FUSED, FUSED_BACKWARD = torch.ops.dinat_triton.fused.default, torch.ops.dinat_triton.fused_backward.default
 
 
 def _geometry(qkv: list[Tensor], window: list[int]) -> Geometry:
@@ -69,7 +73,7 @@ def na(
         return reference.attention(query, key, value, rpb, seed, geometry, scale, dropout_p)
     # Triton's backward reads the log-sum-exp; writing it costs next to nothing. The tiled backward recomputes it.
     need_lse = return_lse or backend == "triton"
-    return torch.ops.dinat_triton.fused(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend)
+    return _fused_autograd(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend)
 
 
 def _fused(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend):
@@ -113,11 +117,14 @@ def _module(backend: str) -> ModuleType:
 
 
 class Fused(torch.autograd.Function):
-    """`fused` with its gradient. (`torch.library.register_autograd` would take 30 us more in each call.)"""
+    """`fused` with its gradient.
+
+    Not by `torch.library.register_autograd`, nor with a `setup_context`: each would add 30 us to every call.
+    """
 
     @staticmethod
     def forward(ctx, rpb, seed, window, scale, dropout_p, need_lse, backend, *qkv):
-        out, lse = _below_autograd(list(qkv), rpb, seed, window, scale, dropout_p, need_lse, backend)
+        out, lse = _below_autograd(FUSED, list(qkv), rpb, seed, window, scale, dropout_p, need_lse, backend)
         ctx.save_for_backward(*qkv, rpb, seed, out, lse)
         ctx.need_lse, ctx.options = need_lse, (window, scale, dropout_p, backend)
         ctx.set_materialize_grads(False)  # no zeros for a log-sum-exp that nobody uses
@@ -128,21 +135,28 @@ class Fused(torch.autograd.Function):
         *qkv, rpb, seed, out, lse = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         grad_lse = grad_lse if ctx.need_lse else None
-        grads, grad_rpb = torch.ops.dinat_triton.fused_backward(
-            qkv, rpb, seed, out, lse, grad_out, grad_lse, *ctx.options
-        )
+        arguments = (qkv, rpb, seed, out, lse, grad_out, grad_lse, *ctx.options)
+        # Where these gradients are recorded in turn, autograd has to learn that they have none.
+        call = FUSED_BACKWARD if torch.is_grad_enabled() else partial(_below_autograd, FUSED_BACKWARD)
+        grads, grad_rpb = call(*arguments)
         return None if rpb is None else grad_rpb, None, None, None, None, None, None, *grads
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError(f"backend {ctx.options[-1]!r} has no forward-mode derivatives; backend='reference' has")
 
 
 def _fused_autograd(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend):
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*qkv, rpb)):
+    recorded = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in (*qkv, rpb)])
+    if recorded or forward_ad._current_level >= 0:
         return Fused.apply(rpb, seed, window, scale, dropout_p, need_lse, backend, *qkv)
-    return _below_autograd(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend)
+    return _below_autograd(FUSED, qkv, rpb, seed, window, scale, dropout_p, need_lse, backend)
 
 
-def _below_autograd(*args):
+def _below_autograd(op, *args):
+    """Calls an op without the detour over its autograd."""
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.dinat_triton.fused.default(*args)
+        return op(*args)
 
 
 def _save_backend(ctx, inputs, output):

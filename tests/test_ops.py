@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 import dinat_triton as dt
@@ -69,6 +70,16 @@ def test_an_unused_output_costs_no_gradient_of_zeros(monkeypatch: pytest.MonkeyP
     assert seen == [None]
     found, exact = (torch.autograd.grad(attend(name)[1].sin().sum(), leaves, allow_unused=True) for name in BACKENDS)
     same([x for x in found if x is not None], [x for x in exact if x is not None and x.any()])
+
+
+def test_forward_mode_is_refused_rather_than_lost() -> None:
+    x = torch.randn(1, 5, 5, 2, 4)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(RuntimeError, match="backend 'tiled' has no forward-mode derivatives; backend='reference'"):
+            dt.na2d(dual, x, x, 3)
+        out = dt.na2d(dual, x, x, 3, backend="reference")
+        assert forward_ad.unpack_dual(out).tangent.any()
 
 
 def test_opcheck_of_the_backward_op() -> None:
