@@ -90,13 +90,13 @@ def closed_backward_kernel(
 
 
 @triton.jit
-def grad_logits(
-    q_tile, do_tile, k_at, v_at, k_token, v_token, row_tok, col_tok, bias, row_lse2, delta, to_log2,
+def grad_probabilities(
+    q_tile, do_tile, k_at, v_at, k_token, v_token, row_tok, col_tok, bias, row_lse2, to_log2,
     seed, keep_from, keep_scale, batch_head,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dS of one chunk of columns, `[R, C]`, and the keys that it multiplies, `[C, D]`."""
+    """P and dP of one chunk of columns, `[R, C]`, and its keys, `[C, D]`."""
     k_tile = load_tile(k_at, col_tok, k_token, D, BLOCK_D)
     v_tile = load_tile(v_at, col_tok, v_token, DV, BLOCK_DV)  # [C, DV]
     s = dot(q_tile, tl.trans(k_tile), bias, PRECISION)  # [R, C]
@@ -104,7 +104,7 @@ def grad_logits(
     dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)  # [R, C]
     if DROPOUT:
         dp = drop(dp, seed, keep_from, keep_scale, row_tok[:, None], col_tok[None, :], batch_head)
-    return p * (dp - delta[:, None]), k_tile
+    return p, dp, k_tile
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -122,6 +122,7 @@ def query_backward_kernel(
 
     Grid (runs * heads, batch splits, chunks or 1). One launch does all where one chunk holds all columns. Else dq comes
     from a launch over ALL_CHUNKS that reads the bias from its table, and the bias gradient from one program per chunk.
+    Delta must be known before the first of several chunks, so there it is rowsum(dO * out), which is the same.
     """
     head, tile_class, first, end, chunks = read_run(runs, heads)
     first_item = tl.program_id(1) * batch_step
@@ -149,27 +150,32 @@ def query_backward_kernel(
             v_at = v + i * v_batch + head // group * v_head
             if GRAD_QUERY:
                 row_lse2 = load_row(lse + row_at, row_tok, heads) * LOG2E
-                out_tile = load_tile(out + row_at * DV, row_tok, heads * DV, DV, BLOCK_DV)  # [R, DV]
-                delta = tl.sum(out_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
+                delta = tl.zeros((ROWS,), tl.float32)
                 if HAS_GRAD_LSE:
                     delta -= load_row(grad_lse + row_at, row_tok, heads)
-                store_pair(stats + 2 * row_at, row_tok, 2 * heads, row_lse2, delta)
+                if ALL_CHUNKS:
+                    out_tile = load_tile(out + row_at * DV, row_tok, heads * DV, DV, BLOCK_DV)  # [R, DV]
+                    delta += tl.sum(out_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
             else:
                 row_lse2, delta = load_pair(stats + 2 * row_at, row_tok, 2 * heads)
             dq_tile = tl.zeros((ROWS, BLOCK_D), tl.float32)
             for chunk in range(chunks if ALL_CHUNKS else 1):
                 if ALL_CHUNKS:
                     bias = load_chunk(bias_at + chunk * (ROWS * CHUNK), ROWS, CHUNK)
-                ds, k_tile = grad_logits(
+                p, dp, k_tile = grad_probabilities(
                     q_tile, do_tile, k_at, v_at, k_token, v_token, row_tok, tl.load(col_tok_at + chunk * CHUNK),
-                    bias, row_lse2, delta, to_log2, seed, keep_from, keep_scale, item * heads + head,
+                    bias, row_lse2, to_log2, seed, keep_from, keep_scale, item * heads + head,
                     D, DV, BLOCK_D, BLOCK_DV, DROPOUT, PRECISION,
                 )  # fmt: skip
+                if GRAD_QUERY and not ALL_CHUNKS:
+                    delta += tl.sum(p * dp, 1)
+                ds = p * (dp - delta[:, None])
                 if GRAD_BIAS:
                     grad_bias += ds
                 if GRAD_QUERY:
                     dq_tile = dot(ds.to(k_tile.dtype), k_tile, dq_tile, PRECISION)
             if GRAD_QUERY:
+                store_pair(stats + 2 * row_at, row_tok, 2 * heads, row_lse2, delta)
                 store_tile(grad_q + i * dq_batch + head * dq_head, row_tok, dq_token, dq_tile * scale, D, BLOCK_D)
 
     if GRAD_BIAS:
