@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dinat_triton.kernels.launch import FUSION
+from dinat_triton.kernels.schedule import FUSION
 
 BLOCK, ROUNDS, WARPS = 1024, 1024, 4
 PROGRAMS_PER_MULTIPROCESSOR = 64

@@ -45,14 +45,21 @@ def nothing_launched() -> Iterator[None]:
 
     if triton.knobs.runtime.interpret:
         raise RuntimeError("the kernels are interpreted, so there is no launch to stop at: unset TRITON_INTERPRET")
-    from dinat_triton.kernels import launch  # noqa: F401  (the kernels are made here, for a GPU)
+    from dinat_triton.kernels import prepare
 
-    def skip(*args: Any, **options: Any) -> None:
-        pass
+    class Compiled:
+        """Stands in for a compiled kernel."""
 
-    with triton.knobs.runtime.scope(), mock.patch.object(JITFunction, "run", skip):
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *args: None
+
+    with triton.knobs.runtime.scope(), mock.patch.object(JITFunction, "run", return_value=Compiled()):
         triton.knobs.runtime.interpret = True
-        yield
+        prepare.forget()
+        try:
+            yield
+        finally:
+            prepare.forget()
 
 
 def measure_layer(model: str, layer: Layer, device: torch.device, seconds: float) -> list[Record]:

@@ -168,21 +168,22 @@ def cpu_sweeps(layer: Layer, batch: int, pass_: str, dtype: torch.dtype = torch.
 
 def gpu_sweeps(layer: Layer, batch: int, pass_: str, dtype: torch.dtype, device: torch.device) -> list[Sweep]:
     """What the kernels run: one launch each."""
-    from dinat_triton.kernels import launch
     from dinat_triton.kernels.estimate import TRAFFIC
+    from dinat_triton.kernels.schedule import Problem, has_closed_backward, schedule_of
 
     sizes = (batch, layer.heads, layer.heads, layer.dim, layer.dim)
-    problem = launch.Problem(layer.geometry, *sizes, dtype, device, "ieee")
+    problem = Problem(layer.geometry, *sizes, dtype, device, "ieee")
     if pass_ == FORWARD:
         names = ["forward"]
-    elif launch.has_closed_backward(problem):
+    elif has_closed_backward(problem):
         names = ["closed_backward"]
     else:
-        one_chunk = launch.schedule(problem, "query_backward").one_chunk
-        names = ["query_backward", *([] if one_chunk else ["query_backward bias"]), "key_backward"]
+        one_chunk = schedule_of(problem, "query_backward").one_chunk
+        queries = ["query_backward"] if one_chunk else ["query_backward chunks", "query_backward bias"]
+        names = [*queries, "key_backward"]
     sweeps = []
     for name in names:
-        traffic, schedule = TRAFFIC[name], launch.schedule(problem, name.removesuffix(" bias"))
+        traffic, schedule = TRAFFIC[name], schedule_of(problem, name.split()[0])
         tensors = traffic.rows + traffic.columns
         sweeps.append(Sweep(schedule.layout.plan.cost(), tensors, traffic.numbers, traffic.products))
     return sweeps

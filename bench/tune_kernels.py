@@ -24,7 +24,7 @@ import triton
 from dinat_triton import tuned
 from dinat_triton.bench.layer_run import LayerRun
 from dinat_triton.bench.tune import LEAST_ROUNDS, ROUNDS, Budget, Race, Rejection, Work, combined, race, shortlist
-from dinat_triton.kernels import launch as backend
+from dinat_triton.kernels import prepare, schedule
 from dinat_triton.kernels.estimate import Step, estimate, record
 from dinat_triton.kernels.inspect import Launch, Report, inspect
 from dinat_triton.kernels.targets import TARGETS, Target
@@ -59,17 +59,12 @@ ALIKE = {"sm_80": ("sm_86", "sm_89", "sm_120")}
 @contextmanager
 def in_use(configs: Mapping[str, Config]) -> Iterator[None]:
     """Launches take these configs, whatever the tables say."""
-    with mock.patch.object(backend, "choose_config", lambda name, *_: configs[name]):
+    with mock.patch.object(schedule, "choose_config", lambda name, *_: configs[name]):
         try:
-            forget_schedules()
+            prepare.forget()
             yield
         finally:
-            forget_schedules()
-
-
-def forget_schedules() -> None:
-    for cache in (backend.schedule, backend.has_closed_backward):
-        cache.cache_clear()
+            prepare.forget()
 
 
 @contextmanager

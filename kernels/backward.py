@@ -30,7 +30,7 @@ from dinat_triton.kernels.tiles import (
 RUNTIME = ["batch", "batch_step", "tokens", "heads", "group", "bias_head", "max_chunks"]
 
 
-@triton.jit(do_not_specialize=["batch", "batch_step", "tokens", "heads", "group", "bias_head"])
+@triton.jit(do_not_specialize=RUNTIME[:-1])
 def closed_backward_kernel(
     q, k, v, lse, grad_out, grad_lse, grad_q, grad_k, grad_v, grad_pairs, rpb, seed,
     row_tokens, col_tokens, runs, rel,
@@ -265,7 +265,7 @@ def sum_programs_kernel(
 
 
 @triton.jit(do_not_specialize=["all_pairs", "offsets", "longest"])
-def fold_bias_kernel(sums, members, grad_rpb, all_pairs, offsets, longest, BLOCK: tl.constexpr):
+def fold_bias_kernel(sums, grad_rpb, members, all_pairs, offsets, longest, BLOCK: tl.constexpr):
     """Adds up the pairs of each bias entry, in a fixed order. Grid (offsets, heads); members [offsets, longest]."""
     offset, head = tl.program_id(0), tl.program_id(1)
     total = tl.zeros((BLOCK,), tl.float32)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from dinat_triton.kernels import launch as backend
 from dinat_triton.kernels.inspect import Launch, Report, recording, run_layer
+from dinat_triton.kernels.schedule import Problem, Schedule, schedule_of
 from dinat_triton.kernels.targets import Target
 from dinat_triton.kernels.tuning import PASSES
 from dinat_triton.layers import Layer
@@ -35,7 +35,8 @@ class Traffic:
 TRAFFIC = {
     "forward": Traffic(2, 2, 1, 2),
     "closed_backward": Traffic(3, 4, 1, 5),
-    "query_backward": Traffic(4, 2, 3, 3),
+    "query_backward": Traffic(3, 2, 3, 3),
+    "query_backward chunks": Traffic(4, 2, 3, 3),
     "query_backward bias": Traffic(2, 2, 2, 2),
     "key_backward": Traffic(4, 2, 2, 4),
 }
@@ -46,7 +47,7 @@ class Step:
     """One main launch of a layer, with the work that its plan makes of it."""
 
     launch: Launch
-    schedule: backend.Schedule
+    schedule: Schedule
     layer: Layer
     batch: int
     itemsize: int
@@ -54,10 +55,6 @@ class Step:
     @property
     def backward(self) -> bool:
         return self.launch.name != "forward"
-
-    @property
-    def only_bias(self) -> bool:
-        return self.launch.constants.get("GRAD_QUERY") is False
 
     @property
     def reads_table(self) -> bool:
@@ -68,9 +65,16 @@ class Step:
     def name(self) -> str:
         return self.launch.name
 
+    @property
+    def title(self) -> str:
+        """The name, and which of a kernel's forms it is."""
+        if not self.launch.constants.get("GRAD_QUERY", True):
+            return f"{self.name} bias"
+        return f"{self.name} chunks" if self.launch.constants.get("ALL_CHUNKS") else self.name
+
     def limits(self, report: Report, target: Target) -> dict[str, float]:
         """Seconds that each limit alone would take."""
-        traffic = TRAFFIC[self.name + (" bias" if self.only_bias else "")]
+        traffic = TRAFFIC[self.title]
         cost = self.schedule.layout.plan.cost()
         maps = self.batch * self.layer.heads
         scores = cost.scores * maps
@@ -112,9 +116,9 @@ def record(layer: Layer, target: Target, dtype: torch.dtype, batch: int) -> tupl
     with recording(target) as launches:
         run_layer(layer, dtype, batch)
         sizes = (batch, layer.heads, layer.heads, layer.dim, layer.dim)
-        problem = backend.Problem(layer.geometry, *sizes, dtype, torch.device("meta"), "ieee")
+        problem = Problem(layer.geometry, *sizes, dtype, torch.device("meta"), "ieee")
         steps = [
-            Step(launch, backend.schedule(problem, launch.name), layer, batch, dtype.itemsize)
+            Step(launch, schedule_of(problem, launch.name), layer, batch, dtype.itemsize)
             for launch in launches
             if launch.name in PASSES
         ]
@@ -146,7 +150,7 @@ def estimate(steps: list[Step], reports: Mapping[Launch, Report], target: Target
                 "best_us": 1e6 * sum(max(each.values()) for each in limits),
                 "binds": [max(each, key=lambda name: each[name]) for each in limits],
                 "limits_us": [{k: round(1e6 * v, 2) for k, v in each.items()} for each in limits],
-                "kernels": [step.name + (" bias" if step.only_bias else "") for step in chosen],
+                "kernels": [step.title for step in chosen],
                 "floor_us": 1e6 * floor,
                 "scores_per_query": chosen[0].schedule.layout.plan.cost().scores_per_query,
             }

@@ -25,11 +25,22 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 
 from dinat_triton.kernels import launch as backend
+from dinat_triton.kernels import prepare, schedule
+from dinat_triton.kernels.backward import (
+    closed_backward_kernel,
+    fold_bias_kernel,
+    key_backward_kernel,
+    query_backward_kernel,
+    sum_programs_kernel,
+)
+from dinat_triton.kernels.forward import forward_kernel
 from dinat_triton.kernels.targets import Target
+from dinat_triton.kernels.tiles import table_kernel
 from dinat_triton.layers import Layer
 
-# Softmax passes over a tile: kernels that are not here compute no exponentials.
-EXP_KERNELS = ("forward_kernel", "closed_backward_kernel", "query_backward_kernel", "key_backward_kernel")
+# Those that compute exponentials, and those that only move numbers about.
+EXP_KERNELS = (forward_kernel, closed_backward_kernel, query_backward_kernel, key_backward_kernel)
+KERNELS = {k.__name__: k for k in (*EXP_KERNELS, table_kernel, sum_programs_kernel, fold_bias_kernel)}
 # In the PTX of NVIDIA, in the assembly of AMD.
 MATRIX = {
     "wgmma": r"wgmma\.mma_async",
@@ -72,7 +83,7 @@ class Launch:
     @property
     def source(self) -> ASTSource:
         constants, attributes = (dict(zip(*self._mapping(x), strict=True)) for x in ("constant", "attrs"))
-        return ASTSource(getattr(backend, self.kernel), self.parts["signature"], constants, attributes)
+        return ASTSource(KERNELS[self.kernel], self.parts["signature"], constants, attributes)
 
     def _mapping(self, name: str) -> tuple[list[tuple[int, ...]], list[Any]]:
         key = name if name == "attrs" else "constant"
@@ -106,23 +117,20 @@ def recording(target: Target) -> Iterator[list[Launch]]:
         launches.append(Launch(fn.name, compile["specialization_data"]))
         return True
 
-    caches = (backend.problem_of, backend.schedule, backend.has_closed_backward)
     previous = driver._active
     try:
         driver.set_active(_NoDriver(target))
         with (
-            mock.patch.object(backend, "architecture_of", return_value=target.architecture),
+            mock.patch.object(schedule, "architecture_of", return_value=target.architecture),
             mock.patch.object(torch.version, "hip", "offline" if target.is_amd else None),
             triton.knobs.runtime.scope(),
         ):
             triton.knobs.runtime.jit_cache_hook = stop
-            for cache in caches:
-                cache.cache_clear()
+            prepare.forget()
             yield launches
     finally:
         driver.set_active(previous)
-        for cache in caches:
-            cache.cache_clear()
+        prepare.forget()
 
 
 def run_layer(layer: Layer, dtype: torch.dtype, batch: int, backward: bool = True) -> None:
@@ -214,7 +222,7 @@ def complaints(report: Report, target: Target) -> list[str]:
 
 
 def _expected_exps(launch: Launch, target: Target) -> float:
-    if launch.kernel not in EXP_KERNELS:
+    if KERNELS[launch.kernel] not in EXP_KERNELS:
         return 0
     threads = launch.options["num_warps"] * target.warp
     return launch.constants["ROWS"] * launch.constants["CHUNK"] / threads

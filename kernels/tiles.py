@@ -111,10 +111,10 @@ def drop(x, seed, keep_from, keep_scale, query_tok, key_tok, batch_head):
 
 
 @triton.jit(do_not_specialize=["offsets", "pairs"])
-def table_kernel(rpb, rel, table, inv_scale, offsets, pairs, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+def table_kernel(rpb, table, rel, offsets, pairs, scale, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
     """Writes the bias of every (row, column) pair of every tile class. Grid (blocks of pairs, heads)."""
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     head = tl.program_id(1)
     rel_tile = tl.load(rel + pair, mask=pair < pairs, other=-1)
-    bias = pair_bias(rpb, head * offsets, rel_tile, inv_scale, HAS_BIAS)
+    bias = pair_bias(rpb, head * offsets, rel_tile, 1 / scale, HAS_BIAS)
     tl.store(table + head.to(tl.int64) * pairs + pair, bias, mask=pair < pairs)

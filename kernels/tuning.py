@@ -27,7 +27,7 @@ TABLES = Path(__file__).parent / "tuned"
 # What decides how fast a config is.
 SOURCES = (
     "plan.py",
-    *(f"kernels/{name}.py" for name in ("forward", "backward", "tiles", "layout", "launch", "tuning")),
+    *(f"kernels/{name}.py" for name in ("forward", "backward", "tiles", "layout", "schedule", "tuning")),
 )
 PASSES = ("forward", "closed_backward", "query_backward", "key_backward")
 # One loaded token of one head weighs as much as this many scores per channel byte: the cache's bandwidth against the

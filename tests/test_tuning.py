@@ -132,21 +132,22 @@ def test_other_kernels_make_a_user_table_stale(tables: Path, monkeypatch: pytest
 
 
 def test_the_sources_of_the_kernels_exist() -> None:
-    assert {"plan.py", "kernels/forward.py", "kernels/backward.py", "kernels/launch.py"} <= set(tuning.SOURCES)
+    assert {"plan.py", "kernels/forward.py", "kernels/backward.py", "kernels/schedule.py"} <= set(tuning.SOURCES)
     assert all((tuned.PACKAGE / name).is_file() for name in tuning.SOURCES)
 
 
 def test_launches_ask_for_their_own_config(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    launch = pytest.importorskip("dinat_triton.kernels.launch")
+    prepare = pytest.importorskip("dinat_triton.kernels.prepare")
+    schedule = pytest.importorskip("dinat_triton.kernels.schedule")
     architecture = tuning.Architecture("sm_77", 99 << 10, 20, "Some GPU")
     write("Some GPU", {"forward/32/16/56x56-k7x7-d1x1/8": 16})
-    monkeypatch.setattr(launch, "architecture_of", lambda device: architecture)
+    monkeypatch.setattr(schedule, "architecture_of", lambda device: architecture)
     rows = {}
     for geometry in (OTHER, Geometry((48, 48), (7,))):
-        launch.schedule.cache_clear()
+        prepare.forget()
         sizes = (geometry, 4, 2, 2, 32, 32, torch.bfloat16, torch.device("cpu"), "ieee")
-        rows[geometry.shape] = launch.schedule(launch.Problem(*sizes), "forward").layout.rows
-    launch.schedule.cache_clear()
+        rows[geometry.shape] = schedule.schedule_of(schedule.Problem(*sizes), "forward").layout.rows
+    prepare.forget()
     assert rows == {(56, 56): 16, (48, 48): 64}
 
 

@@ -139,7 +139,7 @@ def _tune_kernels(args: argparse.Namespace, part: Part, budget: Any) -> bool:
     import torch
 
     from dinat_triton.bench import tune_kernels
-    from dinat_triton.kernels import targets, tuning
+    from dinat_triton.kernels import prepare, targets, tuning
 
     measured = part.what == "cuda"
     dtype = getattr(torch, part.dtype)
@@ -170,7 +170,7 @@ def _tune_kernels(args: argparse.Namespace, part: Part, budget: Any) -> bool:
     if found.entries:
         _written(table.update(found.entries, **about))
         tuning.forget_tables()
-        tune_kernels.forget_schedules()
+        prepare.forget()
     if args.export is not None:
         _export(args.export, arch, tune_kernels.shipped(tuning.load_user_table(name)), about, measured)
     return bool(found.rows)

@@ -18,8 +18,7 @@ from dinat_triton.bench import tune_kernels
 from dinat_triton.bench.tune import Budget, Rejection, Work
 from dinat_triton.bench.tune_kernels import Configs, Found, Model, Search, candidates, target_of
 from dinat_triton.commands.tune import Part, kernel_report
-from dinat_triton.kernels import launch as backend
-from dinat_triton.kernels import tuning
+from dinat_triton.kernels import schedule, tuning
 from dinat_triton.kernels.inspect import Launch, Report
 from dinat_triton.kernels.targets import TARGETS
 from dinat_triton.kernels.tuning import Architecture, Config, plan_cost, rule
@@ -282,11 +281,11 @@ def test_triton_s_own_cache_is_not_touched() -> None:
 
 
 def test_configs_in_use_are_those_and_then_no_longer() -> None:
-    choose = backend.choose_config
+    choose = schedule.choose_config
     with tune_kernels.in_use({"forward": Config(rows=16)}):
-        assert backend.choose_config("forward", 32, 16, "sm_90").rows == 16
-    assert backend.choose_config is choose
-    assert backend.schedule.cache_info().currsize == 0
+        assert schedule.choose_config("forward", 32, 16, "sm_90").rows == 16
+    assert schedule.choose_config is choose
+    assert schedule.schedule_of.cache_info().currsize == 0
 
 
 def test_gpus_that_the_model_does_not_know() -> None:
@@ -303,7 +302,7 @@ import torch
 from dinat_triton.bench.layer_run import LayerRun
 from dinat_triton.bench.tune import Budget, Rejection, race
 from dinat_triton.bench.tune_kernels import PASSES, Clock
-from dinat_triton.kernels import launch
+from dinat_triton.kernels import launch, schedule
 from dinat_triton.kernels.tuning import Config, rule
 from dinat_triton.layers import Layer
 
@@ -315,7 +314,7 @@ forward = launch.forward
 
 def planted(*args, **options):
     out, lse = forward(*args, **options)
-    config = launch.choose_config("forward")
+    config = schedule.choose_config("forward")
     if config == rows[64]:
         out[0, 0, 0] = out[0, 0, 1]
     if config == rows[128]:

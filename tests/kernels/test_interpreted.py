@@ -174,26 +174,21 @@ def test_strided_inputs_and_gradients() -> None:
 
 def test_a_large_batch_is_split_and_a_small_one_walks_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """However work is shared out among programs, the result is the same."""
-    from dinat_triton.kernels import launch, tuning
+    from dinat_triton.kernels import prepare, schedule, tuning
 
     sample = sampling.Sample((6, 12), (3, 3), (2, 2), (1, 1), (False, False))
     case = make_case(sample, random.Random(5), heads=2, batch=5, biased=True)
     grids = set()
     for programs in (1, 6, 1000):
-        launch.schedule.cache_clear()
+        prepare.forget()
         config = tuning.Config(programs=programs)
-        monkeypatch.setattr(launch, "choose_config", lambda *_, c=config: c)
+        monkeypatch.setattr(schedule, "choose_config", lambda *_, c=config: c)
         check(case)
-        problem_grids = [launch.schedule(*args).grid for args in _scheduled(launch)]
-        grids.update(problem_grids)
-    launch.schedule.cache_clear()
+        sizes = (dt.Geometry((6, 12), (3,), (2,)), 5, 2, 2, 8, 8)
+        problem = schedule.problem_of(*sizes, torch.float32, torch.device("cpu"))
+        grids.update(schedule.schedule_of(problem, name).grid for name in ("forward", "closed_backward"))
+    prepare.forget()
     assert len(grids) > 2
-
-
-def _scheduled(launch) -> list[tuple]:
-    query = torch.empty(5, 72, 2, 8)
-    geometry = dt.Geometry((6, 12), (3,), (2,))
-    return [(launch._problem(geometry, query, query, query), name) for name in ("forward", "closed_backward")]
 
 
 @pytest.mark.parametrize(
@@ -215,12 +210,14 @@ def test_what_it_cannot_do_it_says_and_the_next_best_takes_over(changes: dict, m
 
 def test_wide_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     """What inputs beyond 2**31 elements take: token addresses in 64 bits."""
-    from dinat_triton.kernels import launch
+    from dinat_triton.kernels import prepare
 
-    monkeypatch.setattr(launch, "MOST_NARROW", 0)
+    monkeypatch.setattr(prepare, "MOST_NARROW", 0)
+    prepare.forget()
     for dilation in (1, 2):
         sample = sampling.Sample((6, 7), (3, 3), (dilation, dilation), (1, 1), (False, True))
         check(make_case(sample, random.Random(6), heads=2, batch=2, biased=True, dropout_p=0.2))
+    prepare.forget()
 
 
 def test_an_empty_batch() -> None:

@@ -1,0 +1,247 @@
+"""What the launches of calls on tensors of one shape have in common. Working it out takes longer than a small layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime import JITFunction
+
+from dinat_triton.geometry import Geometry
+from dinat_triton.kernels.backward import (
+    closed_backward_kernel,
+    fold_bias_kernel,
+    key_backward_kernel,
+    query_backward_kernel,
+    sum_programs_kernel,
+)
+from dinat_triton.kernels.forward import forward_kernel
+from dinat_triton.kernels.schedule import (
+    FUSION,
+    MOST_NARROW,
+    Problem,
+    Schedule,
+    has_closed_backward,
+    problem_of,
+    schedule_of,
+)
+from dinat_triton.kernels.tiles import table_kernel
+from dinat_triton.kernels.tuning import padded
+
+# Bytes that Triton takes the address of an aligned tensor to be a multiple of.
+ALIGNMENT = 16
+
+# A tensor's shape and strides.
+Place = tuple[torch.Size, tuple[int, ...]]
+Arguments = tuple[Tensor | int, ...]
+
+
+class Launch:
+    """A kernel's launch, all but the tensors and numbers that change from call to call.
+
+    Args:
+        kernel: Takes tensors, then `arguments`, then numbers, then compile-time constants.
+        grid: Programs along each axis.
+        arguments: Index arrays, strides and sizes.
+        options: The compile-time constants, and Triton's own options.
+        shape: Of the float32 numbers that it works out for another launch, if that is what it is for.
+        table: The launch that works out the bias table which this one reads.
+    """
+
+    def __init__(
+        self, kernel: JITFunction, grid: tuple[int, ...], arguments: Arguments, options: dict[str, Any],
+        shape: tuple[int, ...] = (), table: Launch | None = None,
+    ):  # fmt: skip
+        self.kernel, self.grid, self.arguments, self.options = kernel, grid, arguments, options
+        self.shape, self.table = shape, table
+        self._constants = tuple(options[name] for name in kernel.arg_names if name in options)
+        self._run: Callable[..., None] | None = None
+
+    def __call__(self, *tensors: Tensor | None, numbers: tuple[float, ...] = ()) -> None:
+        """Launches the kernel.
+
+        Triton looks for the variant to launch by every argument, which takes longer than all that is done here. Only
+        aligned tensors and dropout's numbers make a difference between the calls of one launch, so the others keep it.
+        """
+        aligned = not any([x.data_ptr() % ALIGNMENT for x in tensors if x is not None])
+        if self._run is not None and aligned:
+            self._run(*tensors, *self.arguments, *numbers, *self._constants)
+            return
+        compiled = self.kernel[self.grid](*tensors, *self.arguments, *numbers, **self.options)
+        if compiled is not None and aligned and not self.options.get("DROPOUT"):
+            self._run = compiled[(*self.grid, 1, 1)[:3]]
+
+
+@dataclass(frozen=True, eq=False)
+class Backward:
+    """The launches of a backward: one over closed tiles, or some over tiles of queries and one over tiles of keys.
+
+    Attributes:
+        partials: Shape of the bias gradients that programs write: batch splits, runs * heads, pairs.
+        folds: What adds them up: over the programs of a tile class, and then over the pairs of a bias entry.
+    """
+
+    partials: tuple[int, ...]
+    folds: tuple[Launch, Launch] | None
+    closed: tuple[Launch, ...] = ()
+    queries: tuple[Launch, ...] = ()
+    keys: tuple[Launch, ...] = ()
+
+
+@lru_cache(maxsize=512)
+def prepare_forward(
+    geometry: Geometry, places: tuple[Place, ...], dtype: torch.dtype, device: torch.device, tf32: bool,
+    rpb_dtype: torch.dtype | None, dropout: bool,
+) -> Launch:  # fmt: skip
+    """The forward's launch. `places` are those of query, key and value."""
+    problem = _problem(geometry, places, dtype, device, tf32)
+    plan = schedule_of(problem, "forward")
+    table = None if plan.one_chunk else _table(problem, plan, rpb_dtype)
+    arguments: Arguments = (
+        *_indices(plan), plan.layout.rel, *_strides(places), *_sizes(problem, plan, table), plan.layout.max_chunks,
+    )  # fmt: skip
+    options = {"ONE_CHUNK": plan.one_chunk, "HAS_BIAS": rpb_dtype is not None, "DROPOUT": dropout} | plan.options
+    return Launch(forward_kernel, plan.grid, arguments, options, table=table)
+
+
+@lru_cache(maxsize=512)
+def prepare_backward(
+    geometry: Geometry, places: tuple[Place, ...], dtype: torch.dtype, device: torch.device, tf32: bool,
+    rpb_dtype: torch.dtype | None, has_grad_lse: bool, dropout: bool,
+) -> Backward:  # fmt: skip
+    """The backward's launches. `places` are those of query, key, value, their gradients, and the output's gradient."""
+    problem = _problem(geometry, places, dtype, device, tf32)
+    given = {"HAS_BIAS": rpb_dtype is not None, "HAS_GRAD_LSE": has_grad_lse, "DROPOUT": dropout}
+    if has_closed_backward(problem):
+        plan = schedule_of(problem, "closed_backward")
+        arguments: Arguments = (*_indices(plan), plan.layout.rel, *_strides(places), *_sizes(problem, plan))
+        launches: dict[str, tuple[Launch, ...]] = {
+            "closed": (Launch(closed_backward_kernel, plan.grid, arguments, given | plan.options),)
+        }
+    else:
+        plan = schedule_of(problem, "query_backward")
+        keys = _key_launch(problem, schedule_of(problem, "key_backward"), places, given, rpb_dtype)
+        launches = {"queries": tuple(_query_launches(problem, plan, places, given, rpb_dtype)), "keys": (keys,)}
+    programs, splits = plan.grid
+    folds = _folds(problem, plan) if rpb_dtype is not None else None
+    return Backward((splits, programs, plan.layout.pairs), folds, **launches)
+
+
+def _query_launches(
+    problem: Problem, plan: Schedule, places: tuple[Place, ...], given: dict[str, bool], rpb_dtype: torch.dtype | None
+) -> Iterator[Launch]:
+    """One for dq and the bias gradient, or one for each where the columns of a tile take several chunks."""
+    q, k, v, grad_q, _, _, grad_out = places
+    for grad_query, grad_bias in _query_passes(plan, rpb_dtype is not None):
+        table = _table(problem, plan, rpb_dtype) if grad_query and not plan.one_chunk else None
+        arguments: Arguments = (
+            *_indices(plan), plan.layout.rel, *_strides((q, k, v, grad_q, grad_out)),
+            *_sizes(problem, plan, table), plan.layout.max_chunks,
+        )  # fmt: skip
+        form = {"ALL_CHUNKS": table is not None, "GRAD_QUERY": grad_query, "GRAD_BIAS": grad_bias}
+        grid = (*plan.grid, 1 if grad_query else plan.layout.max_chunks)
+        yield Launch(query_backward_kernel, grid, arguments, form | given | plan.options, table=table)
+
+
+def _key_launch(
+    problem: Problem, plan: Schedule, places: tuple[Place, ...], given: dict[str, bool], rpb_dtype: torch.dtype | None
+) -> Launch:
+    q, k, v, _, grad_k, grad_v, grad_out = places
+    table = _table(problem, plan, rpb_dtype)
+    arguments: Arguments = (
+        *_indices(plan), *_strides((q, k, v, grad_k, grad_v, grad_out)),
+        *_sizes(problem, plan, table), plan.layout.max_chunks,
+    )  # fmt: skip
+    options = {"DROPOUT": given["DROPOUT"]} | plan.options
+    return Launch(key_backward_kernel, plan.grid, arguments, options, table=table)
+
+
+def _query_passes(plan: Schedule, has_bias: bool) -> list[tuple[bool, bool]]:
+    """Whether each launch of `query_backward_kernel` computes dq, and the bias gradient."""
+    if not has_bias or plan.one_chunk:
+        return [(True, has_bias)]
+    return [(True, False), (False, True)]
+
+
+def _table(problem: Problem, plan: Schedule, rpb_dtype: torch.dtype | None) -> Launch:
+    """Works out the bias of every pair of the plan, `[heads, pairs]`; without a bias all heads share one."""
+    rel, heads = plan.layout.rel, problem.heads if rpb_dtype is not None else 1
+    pairs = rel.numel()
+    options = {"HAS_BIAS": rpb_dtype is not None, "BLOCK": 1024} | FUSION
+    arguments: Arguments = (rel, problem.geometry.num_offsets, pairs)
+    return Launch(table_kernel, (triton.cdiv(pairs, 1024), heads), arguments, options, shape=(heads, pairs))
+
+
+def _folds(problem: Problem, plan: Schedule) -> tuple[Launch, Launch]:
+    """Add up bias gradients, of programs to those of each tile class's pairs, and of pairs to those of bias entries."""
+    layout, heads = plan.layout, problem.heads
+    (programs, splits), classes, pairs = plan.grid, len(layout.rel), layout.pairs
+    offsets, longest = layout.members.shape
+    first: Arguments = (layout.first_run, programs, splits, heads, pairs)
+    then: Arguments = (layout.members, classes * pairs, offsets, longest)
+    options = {"BLOCK": 256, "STEP": 16} | FUSION
+    grid = (triton.cdiv(pairs, 256), classes, heads)
+    over_programs = Launch(sum_programs_kernel, grid, first, options, shape=(heads, classes, pairs))
+    options = {"BLOCK": min(1024, padded(longest))} | FUSION
+    return over_programs, Launch(fold_bias_kernel, (offsets, heads), then, options)
+
+
+def _indices(plan: Schedule) -> tuple[Tensor, Tensor, Tensor]:
+    return plan.layout.row_tokens, plan.layout.col_tokens, plan.layout.runs
+
+
+def _strides(places: tuple[Place, ...]) -> tuple[int, ...]:
+    return tuple(chain.from_iterable(map(strides_of, places)))
+
+
+def _sizes(problem: Problem, plan: Schedule, table: Launch | None = None) -> tuple[int, ...]:
+    """With the bias's distance from head to head, in the table if there is one."""
+    group = problem.heads // problem.kv_heads
+    bias_head = problem.geometry.num_offsets
+    if table is not None:
+        bias_head = plan.layout.rel.numel() if table.options["HAS_BIAS"] else 0
+    return problem.batch, plan.batch_step, problem.geometry.num_tokens, problem.heads, group, bias_head
+
+
+def _problem(
+    geometry: Geometry, places: tuple[Place, ...], dtype: torch.dtype, device: torch.device, tf32: bool
+) -> Problem:
+    """The problem of tensors in these places, the first of which are query, key and value."""
+    (query, _), (key, _), (value, _) = places[:3]
+    apart = max(*(strides_of(place)[1] for place in places), query[-2] * value[-1])
+    wide = geometry.num_tokens * apart > MOST_NARROW
+    return problem_of(geometry, query[0], query[-2], key[-2], query[-1], value[-1], dtype, device, tf32, wide)
+
+
+def strides_of(place: Place) -> tuple[int, int, int]:
+    """From batch item, token and head to the next."""
+    strides = find_strides(place)
+    if strides is None:
+        raise ValueError(f"tokens must lie evenly in memory, got shape {tuple(place[0])} with strides {place[1]}")
+    return strides
+
+
+@lru_cache(maxsize=512)
+def find_strides(place: Place) -> tuple[int, int, int] | None:
+    """From batch item, token and head to the next; None if no such three numbers lead to every token's channels."""
+    shape, stride = place
+    if stride[-1] != 1 and shape[-1] != 1:
+        return None
+    try:
+        tokens = torch.empty_strided(shape, stride, device="meta").view(shape[0], -1, *shape[-2:])
+    except RuntimeError:
+        return None
+    batch, token, head, _ = tokens.stride()
+    return batch, token, head
+
+
+def forget() -> None:
+    """Works everything out anew when it is next asked for: the configs or the GPU have changed."""
+    for cache in (prepare_forward, prepare_backward, problem_of, schedule_of, has_closed_backward):
+        cache.cache_clear()

@@ -1,0 +1,111 @@
+"""How a kernel goes about a problem: its plan on the device, its grid, its compile-time options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+
+from dinat_triton.geometry import Geometry
+from dinat_triton.kernels.layout import Layout, layout_of
+from dinat_triton.kernels.tuning import Architecture, architecture_of, choose_config, choose_plan, padded
+
+# Multiply and add in one instruction; what Triton does by default differs from version to version.
+FUSION = {"enable_fp_fusion": True}
+MOST_NARROW = 2**31 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """All that schedules depend on. Compared by identity: `problem_of` makes each once."""
+
+    geometry: Geometry
+    batch: int
+    heads: int
+    kv_heads: int
+    dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    precision: str  # of float32 products
+    wide: bool = False  # token addresses within a batch item need 64 bits
+
+    @property
+    def bits(self) -> int:
+        return torch.finfo(self.dtype).bits
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a kernel goes about a problem: its plan on the device, its grid, and its compile-time options."""
+
+    layout: Layout
+    batch_step: int
+    grid: tuple[int, ...]
+    options: dict[str, Any]
+
+    @property
+    def one_chunk(self) -> bool:
+        return self.layout.max_chunks == 1
+
+
+@lru_cache(maxsize=512)
+def problem_of(
+    geometry: Geometry, batch: int, heads: int, kv_heads: int, dim: int, value_dim: int,
+    dtype: torch.dtype, device: torch.device, tf32: bool = False, wide: bool = False,
+) -> Problem:  # fmt: skip
+    """Each problem once."""
+    # AMD has no tf32x3.
+    precision = "tf32x3" if tf32 and torch.version.hip is None else "ieee"
+    if device.type == "cpu":
+        precision = "interpreted"
+    return Problem(geometry, batch, heads, kv_heads, dim, value_dim, dtype, device, precision, wide)
+
+
+@lru_cache(maxsize=512)
+def schedule_of(problem: Problem, name: str) -> Schedule:
+    """Shares a problem's work out among programs: over the batch first, then over tiles of one class."""
+    architecture = architecture_of(problem.device)
+    config = choose_config(
+        name, max(padded(problem.dim), padded(problem.value_dim)), problem.bits, architecture.name, architecture.device,
+        problem.geometry, problem.batch * problem.heads,
+    )  # fmt: skip
+    plan = choose_plan(problem.geometry, config, problem.dim * problem.bits // 8, name == "key_backward")
+    heads = problem.kv_heads if name == "key_backward" else problem.heads
+    work = sum(len(c.row_tokens) for c in plan.classes) * heads * problem.batch
+    items = max(1, work // (config.programs * architecture.multiprocessors))  # tiles of one batch item, per program
+    batch_step = min(items, problem.batch)
+    # Powers of two, so that batches of any size share few layouts.
+    tiles_per_run = 1 << max(0, (items // problem.batch).bit_length() - 1)
+    layout = layout_of(plan, tiles_per_run, problem.wide, problem.device)
+    options = {
+        "D": problem.dim,
+        "DV": problem.value_dim,
+        "BLOCK_D": padded(problem.dim),
+        "BLOCK_DV": padded(problem.value_dim),
+        "ROWS": layout.rows,
+        "CHUNK": plan.chunk,
+        "PRECISION": problem.precision,
+        "num_warps": min(config.warps, _room(architecture, layout.rows, plan.chunk)),
+        "num_stages": config.stages,
+    } | FUSION
+    if architecture.is_amd:
+        options["matrix_instr_nonkdim"] = 16
+    grid = (len(layout.runs) * heads, triton.cdiv(problem.batch, batch_step))
+    return Schedule(layout, batch_step, grid, options)
+
+
+def _room(architecture: Architecture, rows: int, chunk: int) -> int:
+    """Warps among which Triton can share a chunk out. It lays them all along one side; more would repeat work."""
+    along_rows = architecture.is_amd or rows >= chunk
+    return rows // 16 if along_rows else chunk // 8
+
+
+@lru_cache(maxsize=512)
+def has_closed_backward(problem: Problem) -> bool:
+    """Whether one pass does the whole backward: no two tiles share a key, and no two heads do."""
+    plan = schedule_of(problem, "closed_backward").layout
+    return problem.heads == problem.kv_heads and plan.max_chunks == 1 and plan.plan.is_closed
