@@ -196,6 +196,16 @@ class Model:
             reports[step.launch] = report
         return 1e-6 * sum(found["us"] for found in estimate(steps, reports, self.target))
 
+    def tightened(self, work: Work, name: str, configs: Configs) -> Config:
+        """The config with so few registers that a multiprocessor has room for one more program."""
+        step = self.steps(work, name, configs)[0]
+        report = self.report(step.launch)
+        if isinstance(report, Rejection):
+            return configs[name]
+        threads = step.launch.options["num_warps"] * self.target.warp
+        room = self.target.registers // (threads * (report.programs + 1)) // 8 * 8
+        return replace(configs[name], registers=min(room, report.registers))
+
 
 # What it does take
 
@@ -406,6 +416,7 @@ class Search:
                 most = int(share.left / RACE_SECONDS)
                 promising = shortlist(own, min(max(most, FEWEST), MOST))
                 variants = [replace(promising[0], **change) for change in UNMODELLED] if promising else []
+                variants += [self.model.tightened(work, name, configs(config)) for config in promising[:1]]
                 finished = self._race_distinct(work, name, configs, [*fixed, *promising, *variants], clocked, share)
                 wrong += [f"{work.label} {name} {config}: {why}" for config, why in finished.rejected.items()]
             self.races[name][work] = finished

@@ -75,6 +75,7 @@ def forward_kernel(
     else:
         bias_at = bias_source + tl.multiple_of(head.to(tl.int64) * bias_head, 16) + class_at
     to_log2 = scale * LOG2E
+    kv_head = head // group
 
     for tile in range(first, end):
         row_tok = tl.load(row_tokens + tile * ROWS + row)
@@ -84,8 +85,8 @@ def forward_kernel(
         for item in tl.range(first_item, end_item, disable_licm=True):
             i = tl.cast(item, tl.int64)
             q_tile = load_tile(q + i * q_batch + head * q_head, row_tok, q_token, D, BLOCK_D)  # [R, D]
-            k_at = k + i * k_batch + head // group * k_head
-            v_at = v + i * v_batch + head // group * v_head
+            k_at = k + i * k_batch + kv_head * k_head
+            v_at = v + i * v_batch + kv_head * v_head
             m = tl.full((ROWS,), LOWEST, tl.float32)
             total = tl.zeros((ROWS,), tl.float32)
             acc = tl.zeros((ROWS, BLOCK_DV), tl.float32)

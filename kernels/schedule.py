@@ -11,7 +11,14 @@ import triton
 
 from dinat_triton.geometry import Geometry
 from dinat_triton.kernels.layout import Layout, layout_of
-from dinat_triton.kernels.tuning import Architecture, architecture_of, choose_config, choose_plan, padded
+from dinat_triton.kernels.tuning import (
+    ALL_REGISTERS,
+    Architecture,
+    architecture_of,
+    choose_config,
+    choose_plan,
+    padded,
+)
 
 # Multiply and add in one instruction; what Triton does by default differs from version to version.
 FUSION = {"enable_fp_fusion": True}
@@ -92,6 +99,8 @@ def schedule_of(problem: Problem, name: str) -> Schedule:
         "num_warps": min(config.warps, _room(architecture, layout.rows, plan.chunk)),
         "num_stages": config.stages,
     } | FUSION
+    if config.registers < ALL_REGISTERS and not architecture.is_amd:
+        options["maxnreg"] = config.registers
     if architecture.is_amd:
         options["matrix_instr_nonkdim"] = 16
     grid = (len(layout.runs) * heads, triton.cdiv(problem.batch, batch_step))

@@ -33,6 +33,7 @@ PASSES = ("forward", "closed_backward", "query_backward", "key_backward")
 # One loaded token of one head weighs as much as this many scores per channel byte: the cache's bandwidth against the
 # rate of exponentials, on the data-center GPUs alike.
 SCORES_PER_BYTE = 1.4
+ALL_REGISTERS = 255
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Config:
         warps: Warps of a program.
         stages: Depth of the software pipeline.
         programs: Programs per multiprocessor to aim for; larger batches walk instead.
+        registers: Of a thread, at most: NVIDIA's compiler takes that many, and as it likes if they are all.
     """
 
     rows: int = 64
@@ -54,6 +56,7 @@ class Config:
     warps: int = 4
     stages: int = 2
     programs: int = 8
+    registers: int = ALL_REGISTERS
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

@@ -151,6 +151,19 @@ def test_launches_ask_for_their_own_config(tables: Path, monkeypatch: pytest.Mon
     assert rows == {(56, 56): 16, (48, 48): 64}
 
 
+@pytest.mark.parametrize(("architecture", "bound"), [("sm_90", 168), ("gfx942", None)])
+def test_registers_bind_the_compiler_of_nvidia(
+    architecture: str, bound: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule = pytest.importorskip("dinat_triton.kernels.schedule")
+    found = tuning.Architecture(architecture, 99 << 10, 20)
+    monkeypatch.setattr(schedule, "architecture_of", lambda device: found)
+    sizes = (OTHER, 4, 2, 2, 32, 32, torch.bfloat16, torch.device("cpu"), "ieee")
+    for config, expected in ((Config(registers=168), bound), (Config(), None)):
+        monkeypatch.setattr(schedule, "choose_config", lambda *_, c=config: c)
+        assert schedule.schedule_of(schedule.Problem(*sizes), "forward").options.get("maxnreg") == expected
+
+
 def test_a_choice_is_made_once(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tables / "sm_77.json").write_text('{"configs": {}}')
     reads = []
@@ -179,7 +192,7 @@ def test_shipped_tables_hold_only_what_differs_from_the_rule(path: Path) -> None
         assert Config(**entry) == tuning.config_of(entry)
 
 
-@pytest.mark.parametrize("changed", [{"rows": 0}, {"chunk": 24}, {"warps": 3}, {"stages": True}, {"programs": 1.5}])
+@pytest.mark.parametrize("changed", [{"rows": 0}, {"chunk": 24}, {"warps": 3}, {"stages": True}, {"programs": 1.5}, {"registers": 0}])
 def test_a_config_refuses_nonsense(changed: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(changed))):
         Config(**changed)

@@ -132,6 +132,20 @@ def test_no_dropped_config_is_ever_run() -> None:
     assert 2 not in ran
 
 
+def test_the_best_is_run_with_room_for_one_more_program_too() -> None:
+    ran = set()
+
+    def seconds(name: str, config: Config) -> float:
+        ran.add((config.warps, config.registers))
+        return 1.0
+
+    # Of 65536 registers three programs of 4 warps could have 170 each, which are given out by eights.
+    wide = compiler(lambda launch: {"registers": 178, "programs": 2} if launch.options["num_warps"] == 4 else {})
+    search([SLIDING], seconds, submit=wide)
+    assert {registers for warps, registers in ran if warps == 4} <= {255, 168}
+    assert any(registers < 255 for _, registers in ran)
+
+
 def test_what_does_not_compile_is_dropped() -> None:
     def submit(launch: Launch) -> Future:
         future: Future = Future()
