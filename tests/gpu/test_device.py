@@ -239,6 +239,29 @@ def test_the_backend_takes_no_cpu_tensors() -> None:
         dt.na2d(x, x, x, 3, backend="triton")
 
 
+@pytest.mark.parametrize("dilation", [1, 4])
+def test_a_launch_that_is_kept_serves_other_tensors(dilation: int) -> None:
+    """Other values, other addresses, aligned or not, dropout between them, another stream."""
+    window = {"kernel_size": 7, "dilation": dilation}
+    shape, side = (28, 28), torch.cuda.Stream()
+
+    def check(leaves: list[Tensor], dropout_p: float = 0.0) -> None:
+        found, exact = (run(leaves, b, torch.float32, dropout_p=dropout_p, **window) for b in ("triton", "reference"))
+        for name in NAMES:
+            assert error(found[name], exact[name]) < 1e-4, name
+
+    for _ in range(2):
+        check(leaves_of(shape, (7, 7)))
+        shifted = [torch.cat([x.new_zeros(1), x.float().flatten()])[1:].view(x.shape) for x in leaves_of(shape, (7, 7))]
+        assert any(x.data_ptr() % 16 for x in shifted)
+        check(shifted)
+        check(leaves_of(shape, (7, 7)), dropout_p=0.25)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            check(leaves_of(shape, (7, 7)))
+        torch.cuda.synchronize()
+
+
 def test_memory_stays_near_the_tensors() -> None:
     """Nothing grows with tokens times window."""
     packed = draw(32, 56, 56, 3, 2, 32, dtype=torch.bfloat16)
