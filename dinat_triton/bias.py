@@ -31,7 +31,8 @@ def table(rpb: Tensor | None, index: Tensor, geometry: Geometry, dtype: torch.dt
         `[heads, pairs]`, or `[1, pairs]` without a bias.
     """
     bias = torch.zeros(1, geometry.num_offsets, device=index.device) if rpb is None else rpb.flatten(1)
-    values = torch.nn.functional.pad(bias.to(dtype), (0, 1), value=-torch.inf)
+    masked = bias.new_full((len(bias), 1), -torch.inf, dtype=dtype)
+    values = torch.cat((bias.to(dtype), masked), 1)
     return values.gather(1, index.expand(len(values), -1))
 
 

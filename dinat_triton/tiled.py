@@ -5,7 +5,7 @@ Runs wherever torch does. Memory is linear in tokens: tiles are gathered, attend
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -44,19 +44,28 @@ def forward(
     """Attends; query, key and value are `[batch, *shape, heads, dim]`. The log-sum-exp is empty unless needed."""
     problem = Problem(qkv, seed, geometry, scale, dropout_p)
     table = bias.table(rpb, problem.layout.index, geometry, problem.dtype)
-    outs, lses = [], []
-    for group in problem.groups():
-        qt, kt, vt = problem.tiles(group)
-        if need_lse or dropout_p > 0:
-            logits = problem.logits(qt, kt, group, table)
-            if need_lse:
-                lses.append(problem.unfold(logits.logsumexp(-1, keepdim=True), group.rows))
-            tile = (problem.drop(logits.softmax(-1), group) @ vt.to(problem.dtype)).to(qt.dtype)
-        else:
-            tile = scaled_dot_product_attention(qt, kt, vt, attn_mask=problem.mask(group, table), scale=scale)
-        outs.append(problem.unfold(tile, group.rows))
-    lse = problem.in_order(lses).squeeze(-1) if need_lse else table.new_empty(0)
-    return problem.in_order(outs), lse
+    if need_lse or dropout_p > 0:
+        outs, lses = zip(*(attend_with_lse(problem, group, table) for group in problem.groups), strict=True)
+        lse = problem.in_order(lses).squeeze(-1) if need_lse else table.new_empty(0)
+        return problem.in_order(outs), lse
+    return problem.in_order([attend(problem, group, table) for group in problem.groups]), table.new_empty(0)
+
+
+def attend(problem: Problem, group: Group, table: Tensor) -> Tensor:
+    """Output of a group's rows, `[batch, rows, heads, dim]`."""
+    # Tiles have no names here, so that what comes next takes their memory while the cache still holds it.
+    return problem.unfold(
+        scaled_dot_product_attention(*problem.tiles(group), attn_mask=problem.mask(group, table), scale=problem.scale),
+        group.rows,
+    )
+
+
+def attend_with_lse(problem: Problem, group: Group, table: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with its log-sum-exp, `[batch, rows, heads, 1]`, and with dropout."""
+    q, k, v = problem.tiles(group)
+    logits = problem.logits(q, k, group, table)
+    tile = (problem.drop(logits.softmax(-1), group) @ v.to(problem.dtype)).to(q.dtype)
+    return problem.unfold(tile, group.rows), problem.unfold(logits.logsumexp(-1, keepdim=True), group.rows)
 
 
 def backward(
@@ -76,11 +85,11 @@ def backward(
     problem = Problem(qkv, seed, geometry, scale, dropout_p)
     grad_out = problem.tokens(grad_out)
     grad_lse = None if grad_lse is None else problem.tokens(grad_lse.unsqueeze(-1))
-    grad_k, grad_v = (x.new_zeros(x.shape, dtype=problem.dtype).flatten(1, -3) for x in unpack(qkv)[1:])
+    grad_k, grad_v = (x.new_zeros(x.shape, dtype=problem.dtype).flatten(0, -3) for x in unpack(qkv)[1:])
     grad_q = []
     table = bias.table(rpb, problem.layout.index, geometry, problem.dtype)
     grad_table = torch.zeros_like(table)
-    for group in problem.groups():
+    for group in problem.groups:
         # Contiguous, because each goes into two products, and each product would copy it.
         qt, kt, vt = (x.to(problem.dtype).contiguous() for x in problem.tiles(group))
         do = problem.gather(grad_out, group.rows).to(problem.dtype).contiguous()
@@ -94,7 +103,7 @@ def backward(
         grad_q.append(problem.unfold((ds @ kt).mul_(scale), group.rows))
         problem.add((ds.mT @ qt).mul_(scale), group, grad_k)
         if rpb is not None:
-            grad_table[:, group.pairs] += ds.sum(0).flatten().view(len(rpb), -1)
+            grad_table.narrow(1, *group.pairs).add_(ds.sum(0).flatten().view(len(rpb), -1))
     for grad, total in zip(unpack(grads), (problem.in_order(grad_q), grad_k, grad_v), strict=True):
         grad.copy_(total.view(grad.shape))
     return None if rpb is None else bias.table_grad(grad_table, problem.layout.index, geometry).to(rpb.dtype)
@@ -114,56 +123,67 @@ class Problem:
         self.dtype = torch.promote_types(query.dtype, torch.float32)
         tile = choose_tile(geometry, self.batch, self.heads, query.dtype, query.device.type)
         self.layout = layout_of(geometry, tile, query.device, len(qkv) == 1)
+        self.groups = groups_of(self.layout, self.batch * self.heads)
         if self.layout.is_packed:
             # Gathered from where they are: a part of a packed tensor is strided, and torch would copy it whole first.
-            self.q = self.k = self.v = qkv[0].contiguous().flatten(1, -3)
+            self.q = self.k = self.v = self.tokens(qkv[0])
         else:
-            self.q, self.k, self.v = (self.tokens(x) for x in (query, key, value))
-
-    def groups(self) -> Iterator[Group]:
-        return self.layout.groups(self.batch * self.heads)
+            self.q, self.k, self.v = self.tokens(query), self.tokens(key), self.tokens(value)
 
     def tokens(self, x: Tensor) -> Tensor:
-        """`[batch, tokens, heads, dim]`, contiguous to gather from."""
-        x = x.flatten(1, -3)
+        """`[batch * slots, heads, dim]`, contiguous to gather from: from its first axis torch does so on all cores."""
+        x = x.reshape(-1, *x.shape[-2:])
         return x if self.layout.is_whole else x.contiguous()
 
     def tiles(self, group: Group) -> tuple[Tensor, Tensor, Tensor]:
         """The group's queries, keys and values."""
-        q, k, v = zip((self.q, self.k, self.v), group.slots, strict=True)
-        return self.gather(*q), self.gather(*k), self.gather(*v)
+        q, k, v = group.slots
+        return self.gather(self.q, q), self.gather(self.k, k), self.gather(self.v, v)
+
+    def of_batch(self, slots: Tensor, per_item: int) -> Tensor:
+        """Slots of one batch item as those of all, item after item."""
+        if self.batch == 1:
+            return slots.view(-1)
+        first = torch.arange(0, self.batch * per_item, per_item, device=slots.device)
+        return (first[:, None] + slots.view(1, -1)).view(-1)
 
     def gather(self, x: Tensor, slots: Tensor) -> Tensor:
-        """Tiles `[batch * tiles, key heads, group * cells, dim]` of `[batch, slots, heads, dim]`."""
+        """Tiles `[batch * tiles, key heads, group * cells, dim]` of `[batch * slots, heads, dim]`."""
         if not self.layout.is_whole:
-            x = x.index_select(1, slots.flatten())
-        folded = x.reshape(-1, slots.shape[1], self.kv_heads, x.shape[2] // self.kv_heads, x.shape[3])
-        return folded.permute(0, 2, 3, 1, 4).flatten(2, 3)
+            x = x.index_select(0, self.of_batch(slots, len(x) // self.batch))
+        tiles = x.view(-1, slots.shape[1], *x.shape[1:])
+        if x.shape[1] == self.kv_heads:
+            return tiles.transpose(1, 2)
+        return tiles.unflatten(2, (self.kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
 
     def unfold(self, tile: Tensor, cells: Tensor) -> Tensor:
         """The inverse of `gather`'s folding: `[batch, tiles * cells, heads, dim]`."""
-        tiles, kv_heads, _, dim = tile.shape
-        folded = tile.view(tiles, kv_heads, -1, cells.shape[1], dim).permute(0, 3, 1, 2, 4)
-        return folded.reshape(self.batch, -1, folded.shape[2] * folded.shape[3], dim)
+        if tile.shape[2] == cells.shape[1]:
+            folded = tile.transpose(1, 2)
+        else:
+            folded = tile.unflatten(2, (-1, cells.shape[1])).permute(0, 3, 1, 2, 4).flatten(2, 3)
+        return folded.reshape(self.batch, -1, *folded.shape[2:])
 
-    def in_order(self, parts: list[Tensor]) -> Tensor:
+    def in_order(self, parts: Sequence[Tensor]) -> Tensor:
         """Rows in the order of the plan brought into that of the map, `[batch, *shape, heads, dim]`."""
-        x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        x = x.contiguous() if self.layout.is_whole else x.index_select(1, self.layout.order)
-        return x.view(self.batch, *self.geometry.shape, *x.shape[2:])
+        x = self.tokens(parts[0] if len(parts) == 1 else torch.cat(tuple(parts), 1))
+        if not self.layout.is_whole:
+            x = x.index_select(0, self.of_batch(self.layout.order, len(x) // self.batch))
+        return x.contiguous().view(self.batch, *self.geometry.shape, *x.shape[1:])
 
     def add(self, tile: Tensor, group: Group, out: Tensor) -> None:
         """Adds column tiles to their tokens; a token can be a column of several tiles."""
-        columns = self.unfold(tile, group.columns)
+        columns = self.tokens(self.unfold(tile, group.columns))
         if self.layout.is_whole:
             out += columns
         else:
-            out.index_add_(1, group.columns.flatten(), columns)
+            tokens = self.of_batch(group.columns, len(out) // self.batch)
+            out.flatten(1).index_add_(0, tokens, columns.flatten(1))
 
     def mask(self, group: Group, table: Tensor) -> Tensor:
         """The group's part of the table, `[1, key heads or 1, group * rows, columns]`: SDPA's fast path wants 4-D."""
         shared = self.heads // self.kv_heads
-        part = table[:, group.pairs].view(len(table), group.rows.shape[1], group.columns.shape[1])
+        part = table.narrow(1, *group.pairs).view(len(table), group.rows.shape[1], group.columns.shape[1])
         if shared > 1:
             part = part.repeat(1, shared, 1) if len(part) == 1 else part.reshape(self.kv_heads, -1, part.shape[-1])
         return part.unsqueeze(0)
@@ -184,17 +204,17 @@ class Problem:
         return x * keep.view(x.shape) / (1 - self.dropout_p)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
     """Some tiles of one class, on the device."""
 
     rows: Tensor  # [tiles, R] tokens
     columns: Tensor  # [tiles, S] tokens
     slots: tuple[Tensor, Tensor, Tensor]  # where queries, keys and values of these tokens lie in their tensors
-    pairs: slice  # the class's part of `Layout.index`
+    pairs: tuple[int, int]  # the class's part of `Layout.index`: where it begins, and how long it is
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """A plan's index tensors on a device."""
 
@@ -204,15 +224,19 @@ class Layout:
     is_whole: bool  # one tile holds all tokens in their order: nothing to gather
     is_packed: bool  # slots are those of one tensor that packs query, key and value
 
-    def groups(self, scores_per_pair: int) -> Iterator[Group]:
-        """Splits every class into groups whose scores stay within SCORES_AT_ONCE."""
-        for c in self.classes:
-            tiles, rows = c.rows.shape
-            step = max(1, SCORES_AT_ONCE // (scores_per_pair * rows * c.columns.shape[1]))
-            for tile in range(0, tiles, step):
-                part = slice(tile, tile + step)
-                query, key, value = (slots[part] for slots in c.slots)
-                yield Group(c.rows[part], c.columns[part], (query, key, value), c.pairs)
+
+@lru_cache(maxsize=128)
+def groups_of(layout: Layout, maps: int) -> list[Group]:
+    """Splits every class into groups whose scores stay within SCORES_AT_ONCE."""
+    groups = []
+    for c in layout.classes:
+        tiles, rows = c.rows.shape
+        step = max(1, SCORES_AT_ONCE // (maps * rows * c.columns.shape[1]))
+        for tile in range(0, tiles, step):
+            part = slice(tile, tile + step)
+            query, key, value = (slots[part] for slots in c.slots)
+            groups.append(Group(c.rows[part], c.columns[part], (query, key, value), c.pairs))
+    return groups
 
 
 @lru_cache(maxsize=128)
@@ -225,7 +249,7 @@ def layout_of(geometry: Geometry, tile: tuple[int, ...], device: torch.device, p
     for c in plan:
         rows, columns = (torch.as_tensor(tokens, device=device) for tokens in (c.row_tokens, c.col_tokens))
         slots = (3 * rows, 3 * columns + 1, 3 * columns + 2) if is_packed else (rows, columns, columns)
-        classes.append(Group(rows, columns, slots, slice(first_pair, first_pair + c.rel.size)))
+        classes.append(Group(rows, columns, slots, (first_pair, c.rel.size)))
         first_pair += c.rel.size
     index = bias.pair_index(torch.cat([torch.as_tensor(c.rel, device=device).flatten() for c in plan]), geometry)
     order = torch.as_tensor(places.argsort(), device=device)
