@@ -116,4 +116,6 @@ def _keep(dropout_p: float) -> tuple[int, float]:
 
 
 def _on(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    """Makes a GPU the current one, for Triton launches there."""
+    here = device.type != "cuda" or device.index == torch.cuda.current_device()
+    return nullcontext() if here else torch.cuda.device(device)

@@ -192,7 +192,9 @@ def test_shipped_tables_hold_only_what_differs_from_the_rule(path: Path) -> None
         assert Config(**entry) == tuning.config_of(entry)
 
 
-@pytest.mark.parametrize("changed", [{"rows": 0}, {"chunk": 24}, {"warps": 3}, {"stages": True}, {"programs": 1.5}, {"registers": 0}])
+@pytest.mark.parametrize(
+    "changed", [{"rows": 0}, {"chunk": 24}, {"warps": 3}, {"stages": True}, {"programs": 1.5}, {"registers": 0}]
+)
 def test_a_config_refuses_nonsense(changed: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(changed))):
         Config(**changed)

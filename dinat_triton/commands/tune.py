@@ -185,7 +185,8 @@ def kernel_report(found: Any, part: Part) -> str:
          *map(str, asdict(row.config).values()), "own" if row.own else ""]
         for row in sorted(found.rows, key=lambda row: part.works.index(row.work))
     ]  # fmt: skip
-    header = ["layer", "before us", "after us", "ratio", "rows", "chunk", "one", "warps", "stages", "programs", "regs", ""]
+    configs = ["rows", "chunk", "one", "warps", "stages", "programs", "regs"]
+    header = ["layer", "before us", "after us", "ratio", *configs, ""]
     unseen, wanted = found.unseen
     lines = [table(header, rows)] if rows else []
     lines += [f"! rejected: {each}" for each in found.wrong]
