@@ -88,6 +88,7 @@ def schedule_of(problem: Problem, name: str) -> Schedule:
     # Powers of two, so that batches of any size share few layouts.
     tiles_per_run = 1 << max(0, (items // problem.batch).bit_length() - 1)
     layout = layout_of(plan, tiles_per_run, problem.wide, problem.device)
+    warps = min(config.warps, _room(architecture, layout.rows, plan.chunk))
     options = {
         "D": problem.dim,
         "DV": problem.value_dim,
@@ -96,10 +97,11 @@ def schedule_of(problem: Problem, name: str) -> Schedule:
         "ROWS": layout.rows,
         "CHUNK": plan.chunk,
         "PRECISION": problem.precision,
-        "num_warps": min(config.warps, _room(architecture, layout.rows, plan.chunk)),
+        "num_warps": warps,
         "num_stages": config.stages,
     } | FUSION
-    if config.registers < ALL_REGISTERS and not architecture.is_amd:
+    # A bound makes room for programs of all the config's warps; smaller tiles and their fewer warps do without.
+    if config.registers < ALL_REGISTERS and warps == config.warps and not architecture.is_amd:
         options["maxnreg"] = config.registers
     if architecture.is_amd:
         options["matrix_instr_nonkdim"] = 16
@@ -108,9 +110,11 @@ def schedule_of(problem: Problem, name: str) -> Schedule:
 
 
 def _room(architecture: Architecture, rows: int, chunk: int) -> int:
-    """Warps among which Triton can share a chunk out. It lays them all along one side; more would repeat work."""
-    along_rows = architecture.is_amd or rows >= chunk
-    return rows // 16 if along_rows else chunk // 8
+    """Warps among which Triton can share a chunk out: it gives each 16 rows, and columns only where there are no more.
+
+    Further warps would repeat what others do.
+    """
+    return chunk // 8 if rows == 16 and not architecture.is_amd else rows // 16
 
 
 @lru_cache(maxsize=512)
