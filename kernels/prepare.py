@@ -24,7 +24,6 @@ from dinat_triton.kernels.backward import (
 from dinat_triton.kernels.forward import forward_kernel
 from dinat_triton.kernels.schedule import (
     FUSION,
-    MOST_NARROW,
     Problem,
     Schedule,
     has_closed_backward,
@@ -36,6 +35,9 @@ from dinat_triton.kernels.tuning import padded
 
 # Bytes that Triton takes the address of an aligned tensor to be a multiple of.
 ALIGNMENT = 16
+
+# The largest number that addresses of tokens within a batch item can have in 32 bits.
+MOST_NARROW = 2**31 - 1
 
 # A tensor's shape and strides.
 Place = tuple[torch.Size, tuple[int, ...]]
@@ -94,7 +96,7 @@ class Backward:
     keys: tuple[Launch, ...] = ()
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=256)
 def prepare_forward(
     geometry: Geometry, places: tuple[Place, ...], dtype: torch.dtype, device: torch.device, tf32: bool,
     rpb_dtype: torch.dtype | None, dropout: bool,
@@ -110,7 +112,7 @@ def prepare_forward(
     return Launch(forward_kernel, plan.grid, arguments, options, table=table)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=256)
 def prepare_backward(
     geometry: Geometry, places: tuple[Place, ...], dtype: torch.dtype, device: torch.device, tf32: bool,
     rpb_dtype: torch.dtype | None, has_grad_lse: bool, dropout: bool,

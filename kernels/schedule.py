@@ -22,7 +22,6 @@ from dinat_triton.kernels.tuning import (
 
 # Multiply and add in one instruction; what Triton does by default differs from version to version.
 FUSION = {"enable_fp_fusion": True}
-MOST_NARROW = 2**31 - 1
 
 
 @dataclass(frozen=True, eq=False)
