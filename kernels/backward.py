@@ -156,6 +156,7 @@ def query_backward_kernel(
                 if ALL_CHUNKS:
                     out_tile = load_tile(out + row_at * DV, row_tok, heads * DV, DV, BLOCK_DV)  # [R, DV]
                     delta += tl.sum(out_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
+                    store_pair(stats + 2 * row_at, row_tok, 2 * heads, row_lse2, delta)
             else:
                 row_lse2, delta = load_pair(stats + 2 * row_at, row_tok, 2 * heads)
             dq_tile = tl.zeros((ROWS, BLOCK_D), tl.float32)
@@ -169,13 +170,13 @@ def query_backward_kernel(
                 )  # fmt: skip
                 if GRAD_QUERY and not ALL_CHUNKS:
                     delta += tl.sum(p * dp, 1)
+                    store_pair(stats + 2 * row_at, row_tok, 2 * heads, row_lse2, delta)
                 ds = p * (dp - delta[:, None])
                 if GRAD_BIAS:
                     grad_bias += ds
                 if GRAD_QUERY:
                     dq_tile = dot(ds.to(k_tile.dtype), k_tile, dq_tile, PRECISION)
             if GRAD_QUERY:
-                store_pair(stats + 2 * row_at, row_tok, 2 * heads, row_lse2, delta)
                 store_tile(grad_q + i * dq_batch + head * dq_head, row_tok, dq_token, dq_tile * scale, D, BLOCK_D)
 
     if GRAD_BIAS:
