@@ -64,14 +64,16 @@ def closed_backward_kernel(
 
             s = dot(q_tile, tl.trans(k_tile), bias, PRECISION)  # [R, C]
             p = tl.exp2(s * to_log2 - (load_row(lse + row_at, row_tok, heads) * LOG2E)[:, None])
-            dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)  # [R, C]
+            draw_row, draw_col, draw_head = row_tok[:, None], col_tok[None, :], item * heads + head
             dropped = p
             if DROPOUT:
-                draw_row, draw_col, draw_head = row_tok[:, None], col_tok[None, :], item * heads + head
                 dropped = drop(p, seed, keep_from, keep_scale, draw_row, draw_col, draw_head)
-                dp = drop(dp, seed, keep_from, keep_scale, draw_row, draw_col, draw_head)
+            # Before dP: the copy of P that goes into this product is gone when dP needs its registers.
             dv_tile = dot(tl.trans(dropped.to(do_tile.dtype)), do_tile, None, PRECISION)  # [C, DV]
             store_tile(grad_v + i * dv_batch + head * dv_head, col_tok, dv_token, dv_tile, DV, BLOCK_DV)
+            dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)  # [R, C]
+            if DROPOUT:
+                dp = drop(dp, seed, keep_from, keep_scale, draw_row, draw_col, draw_head)
             delta = tl.sum(p * dp, 1)
             if HAS_GRAD_LSE:
                 delta -= load_row(grad_lse + row_at, row_tok, heads)
@@ -228,13 +230,15 @@ def key_backward_kernel(
                     bias = load_chunk(bias_at + chunk * (ROWS * CHUNK), ROWS, CHUNK)
                     s = dot(k_tile, tl.trans(q_tile), bias, PRECISION)  # [R, C]
                     p = tl.exp2(s * to_log2 - col_lse2[None, :])
-                    dp = dot(v_tile, tl.trans(do_tile), None, PRECISION)  # [R, C]
+                    draw_row, draw_col, draw_head = row_tok[:, None], col_tok[None, :], item * heads + head
                     dropped = p
                     if DROPOUT:
-                        draw_row, draw_col, draw_head = row_tok[:, None], col_tok[None, :], item * heads + head
                         dropped = drop(p, seed, keep_from, keep_scale, draw_col, draw_row, draw_head)
-                        dp = drop(dp, seed, keep_from, keep_scale, draw_col, draw_row, draw_head)
+                    # Before dP: the copy of P that goes into this product is gone when dP needs its registers.
                     dv_tile = dot(dropped.to(do_tile.dtype), do_tile, dv_tile, PRECISION)
+                    dp = dot(v_tile, tl.trans(do_tile), None, PRECISION)  # [R, C]
+                    if DROPOUT:
+                        dp = drop(dp, seed, keep_from, keep_scale, draw_col, draw_row, draw_head)
                     ds = p * (dp - delta[None, :])
                     dk_tile = dot(ds.to(q_tile.dtype), q_tile, dk_tile, PRECISION)
             store_tile(grad_k + i * dk_batch + kv_head * dk_head, row_tok, dk_token, dk_tile * scale, D, BLOCK_D)
