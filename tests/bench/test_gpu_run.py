@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ import torch
 from dinat_triton.bench import gpu, harness, ops
 from dinat_triton.bench.harness import BACKWARD, FORWARD, Record, Timing
 
+BASH = shutil.which("bash") or "bash"
 SCRIPT = harness.ROOT / "bench" / "gpu_run.sh"
+BUILD = harness.ROOT / "bench" / "build_natten.sh"
 PROBLEM = gpu.problem_of("dinat_mini", gpu.layers_of("dinat_mini@224")[0], 128)
 CEILINGS = {
     "copy_bytes_per_s": 4e12,
@@ -22,16 +25,23 @@ CEILINGS = {
 }
 
 
-def run_script(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
+def run_script(*arguments: str, script: Path = SCRIPT, **variables: str) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHON": sys.executable}
-    return subprocess.run(["bash", SCRIPT, *arguments], env=environment | variables, capture_output=True, text=True)
+    return subprocess.run([BASH, script, *arguments], env=environment | variables, capture_output=True, text=True)
 
 
+@pytest.mark.parametrize("script", [SCRIPT, BUILD])
 @pytest.mark.parametrize("arguments", [["--bogus"], ["--out"]])
-def test_wrong_arguments_are_named(arguments: list[str]) -> None:
-    done = run_script(*arguments)
+def test_wrong_arguments_are_named(script: Path, arguments: list[str]) -> None:
+    done = run_script(*arguments, script=script)
     assert done.returncode == 2
     assert arguments[0] in done.stderr
+
+
+def test_natten_is_not_built_without_its_tools(tmp_path: Path) -> None:
+    done = run_script("--out", str(tmp_path / "out"), script=BUILD, PATH="")
+    assert (done.returncode, done.stderr) == (2, "build_natten.sh: needs uv\n")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
