@@ -9,12 +9,15 @@ from unittest import mock
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
 from dinat_triton.geometry import Geometry
 from dinat_triton.kernels import launch, prepare
+
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernels are interpreted")
 
 # One pass over closed tiles, and several passes that read the bias from tables.
 CLOSED, OPEN = Geometry((6, 6), (3,), (2,)), Geometry((1, 160), (1, 129))
