@@ -14,20 +14,18 @@ import triton.language as tl
 
 from dinat_triton.kernels.tiles import (
     LOG2E,
+    RUNTIME,
     dot,
     drop,
-    load_chunk,
+    load_bias,
     load_pair,
     load_row,
     load_tile,
-    pair_at,
     pair_bias,
     read_run,
     store_pair,
     store_tile,
 )
-
-RUNTIME = ["batch", "batch_step", "tokens", "heads", "group", "bias_head", "max_chunks"]
 
 
 @triton.jit(do_not_specialize=RUNTIME[:-1])
@@ -46,7 +44,7 @@ def closed_backward_kernel(
     first_item = tl.program_id(1) * batch_step
     end_item = tl.minimum(first_item + batch_step, batch)
     row, col = tl.arange(0, ROWS), tl.arange(0, CHUNK)
-    rel_tile = tl.load(rel + tile_class * (ROWS * CHUNK) + pair_at(ROWS, CHUNK))
+    rel_tile = tl.load(rel + (tile_class * ROWS + row[:, None]) * CHUNK + col[None, :])
     bias = pair_bias(rpb, head * bias_head, rel_tile, 1 / scale, HAS_BIAS)  # [R, C]
     to_log2 = scale * LOG2E
     grad_bias = tl.zeros((ROWS, CHUNK), tl.float32)
@@ -135,7 +133,7 @@ def query_backward_kernel(
     if ALL_CHUNKS:
         bias_at = bias_source + tl.multiple_of(head.to(tl.int64) * bias_head, 16) + class_at
     else:
-        rel_tile = tl.load(rel + class_at + tl.program_id(2) * (ROWS * CHUNK) + pair_at(ROWS, CHUNK))
+        rel_tile = tl.load(rel + class_at + row[:, None] * span + col[None, :])
         bias = pair_bias(bias_source, head * bias_head, rel_tile, 1 / scale, HAS_BIAS)  # [R, C]
     to_log2 = scale * LOG2E
     grad_bias = tl.zeros((ROWS, CHUNK), tl.float32)
@@ -164,7 +162,7 @@ def query_backward_kernel(
             dq_tile = tl.zeros((ROWS, BLOCK_D), tl.float32)
             for chunk in range(chunks if ALL_CHUNKS else 1):
                 if ALL_CHUNKS:
-                    bias = load_chunk(bias_at + chunk * (ROWS * CHUNK), ROWS, CHUNK)
+                    bias = load_bias(bias_at + chunk * (ROWS * CHUNK), ROWS, CHUNK)
                 p, dp, k_tile = grad_probabilities(
                     q_tile, do_tile, k_at, v_at, k_token, v_token, row_tok, tl.load(col_tok_at + chunk * CHUNK),
                     bias, row_lse2, to_log2, seed, keep_from, keep_scale, item * heads + head,
@@ -227,7 +225,7 @@ def key_backward_kernel(
                     q_tile = load_tile(q_at, col_tok, q_token, D, BLOCK_D)  # [C, D]
                     do_tile = load_tile(do_at, col_tok, do_token, DV, BLOCK_DV)  # [C, DV]
                     col_lse2, delta = load_pair(stats + 2 * col_at, col_tok, 2 * heads)
-                    bias = load_chunk(bias_at + chunk * (ROWS * CHUNK), ROWS, CHUNK)
+                    bias = load_bias(bias_at + chunk * (ROWS * CHUNK), ROWS, CHUNK)
                     s = dot(k_tile, tl.trans(q_tile), bias, PRECISION)  # [R, C]
                     p = tl.exp2(s * to_log2 - col_lse2[None, :])
                     draw_row, draw_col, draw_head = row_tok[:, None], col_tok[None, :], item * heads + head
@@ -263,10 +261,9 @@ def sum_programs_kernel(
         n = start + tl.arange(0, STEP)
         run, split = first + n // splits, n % splits
         program = (split * programs + run * heads + head).to(tl.int64)
-        mask = (n < count)[:, None] & (pair < pairs)[None, :]
-        total += tl.sum(tl.load(partials + program[:, None] * pairs + pair[None, :], mask=mask, other=0.0), 0)
-    at = sums + (head.to(tl.int64) * tl.num_programs(1) + tile_class) * pairs
-    tl.store(at + pair, total, mask=pair < pairs)
+        at = partials + program[:, None] * pairs + pair[None, :]
+        total += tl.sum(tl.load(at, mask=(n < count)[:, None], other=0.0), 0)
+    tl.store(sums + (head.to(tl.int64) * tl.num_programs(1) + tile_class) * pairs + pair, total)
 
 
 @triton.jit(do_not_specialize=["all_pairs", "offsets", "longest"])

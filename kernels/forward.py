@@ -6,11 +6,11 @@ import triton.language as tl
 from dinat_triton.kernels.tiles import (
     LN2,
     LOG2E,
+    RUNTIME,
     dot,
     drop,
-    load_chunk,
+    load_bias,
     load_tile,
-    pair_at,
     pair_bias,
     read_run,
     store_row,
@@ -49,7 +49,7 @@ def attend(
     return m_next, total_next, acc
 
 
-@triton.jit(do_not_specialize=["batch", "batch_step", "tokens", "heads", "group", "bias_head", "max_chunks"])
+@triton.jit(do_not_specialize=RUNTIME)
 def forward_kernel(
     q, k, v, out, lse, bias_source, seed, row_tokens, col_tokens, runs, rel,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
@@ -70,7 +70,7 @@ def forward_kernel(
     span = max_chunks * CHUNK
     class_at = tile_class * (ROWS * span)
     if ONE_CHUNK:
-        rel_tile = tl.load(rel + class_at + pair_at(ROWS, CHUNK))
+        rel_tile = tl.load(rel + class_at + row[:, None] * span + col[None, :])
         bias = pair_bias(bias_source, head * bias_head, rel_tile, 1 / scale, HAS_BIAS)  # [R, C]
     else:
         bias_at = bias_source + tl.multiple_of(head.to(tl.int64) * bias_head, 16) + class_at
@@ -100,7 +100,7 @@ def forward_kernel(
                 for chunk in range(chunks):
                     m, total, acc = attend(
                         q_tile, k_at, v_at, k_token, v_token, row_tok, tl.load(col_tok_at + chunk * CHUNK),
-                        load_chunk(bias_at + chunk * (ROWS * CHUNK), ROWS, CHUNK), m, total, acc, to_log2,
+                        load_bias(bias_at + chunk * (ROWS * CHUNK), ROWS, CHUNK), m, total, acc, to_log2,
                         seed, keep_from, keep_scale, item * heads + head,
                         D, DV, BLOCK_D, BLOCK_DV, True, DROPOUT, PRECISION,
                     )  # fmt: skip

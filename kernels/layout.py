@@ -7,7 +7,6 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from dinat_triton.plan import MASKED, PADDING, Plan
@@ -20,7 +19,7 @@ class Layout:
     Attributes:
         row_tokens: `[tiles, ROWS]`, tiles of a class in a row. Their dtype is that of all token addresses.
         col_tokens: `[tiles, max_chunks * CHUNK]`.
-        rel: `[classes, max_chunks, ROWS * CHUNK]` bias indices, or MASKED, in the order of `tiles.pair_at`.
+        rel: `[classes, ROWS, max_chunks * CHUNK]` bias indices, or MASKED.
         runs: `[runs, 4]`: class, first tile, end, chunks. A program walks one run.
         first_run: `[classes + 1]`: where each class's runs begin.
     """
@@ -46,7 +45,7 @@ class Layout:
     def members(self) -> Tensor:
         """`[offsets, longest]`: the pairs of all classes that each bias entry is added to, padded with -1."""
         # Anew from the plan: reading it back from the device would wait for it.
-        rel = _pictures(self.plan, self.max_chunks * self.plan.chunk).ravel()
+        rel = _rel(self.plan, self.max_chunks * self.plan.chunk).ravel()
         order = np.argsort(rel, kind="stable")[np.count_nonzero(rel == MASKED) :]
         counts = np.bincount(rel[order], minlength=self.plan.geometry.num_offsets)
         members = np.full((len(counts), counts.max()), -1, dtype=np.int32)
@@ -87,21 +86,14 @@ def layout_of(plan: Plan, tiles_per_run: int, wide: bool, device: torch.device) 
         max_chunks=max_chunks,
         row_tokens=place(np.concatenate([c.row_tokens for c in plan.classes]), address),
         col_tokens=place(np.concatenate([_widen(c.col_tokens, span, PADDING) for c in plan.classes]), address),
-        rel=place(_by_accumulator(_pictures(plan, span), max_chunks)),
+        rel=place(_rel(plan, span)),
         runs=place(runs),
         first_run=place(first_run),
     )
 
 
-def _pictures(plan: Plan, span: int) -> np.ndarray:
-    """`rel` of every tile class, `[classes, ROWS, span]`."""
+def _rel(plan: Plan, span: int) -> np.ndarray:
     return np.stack([_widen(c.rel, span, MASKED) for c in plan.classes])
-
-
-def _by_accumulator(pictures: np.ndarray, max_chunks: int) -> np.ndarray:
-    """Chunk by chunk, in the order of `tiles.pair_at`."""
-    order = "tile_class (warp half row) (chunk block lane pair) -> tile_class chunk (block warp row lane half pair)"
-    return rearrange(pictures, order, half=2, row=8, chunk=max_chunks, lane=4, pair=2)
 
 
 def _widen(array: np.ndarray, columns: int, fill: int) -> np.ndarray:

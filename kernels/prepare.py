@@ -9,7 +9,6 @@ from itertools import chain
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.runtime import JITFunction
 
@@ -174,10 +173,12 @@ def _query_passes(plan: Schedule, has_bias: bool) -> list[tuple[bool, bool]]:
 def _table(problem: Problem, plan: Schedule, rpb_dtype: torch.dtype | None) -> Launch:
     """Works out the bias of every pair of the plan, `[heads, pairs]`; without a bias all heads share one."""
     rel, heads = plan.layout.rel, problem.heads if rpb_dtype is not None else 1
-    pairs = rel.numel()
-    options = {"HAS_BIAS": rpb_dtype is not None, "BLOCK": 1024} | FUSION
-    arguments: Arguments = (rel, problem.geometry.num_offsets, pairs)
-    return Launch(table_kernel, (triton.cdiv(pairs, 1024), heads), arguments, options, shape=(heads, pairs))
+    rows, chunk = plan.options["ROWS"], plan.options["CHUNK"]
+    block = min(1024, rows * chunk)
+    grid = (rows * chunk // block, rel.numel() // (rows * chunk), heads)
+    options = {"ROWS": rows, "CHUNK": chunk, "BLOCK": block, "HAS_BIAS": rpb_dtype is not None} | FUSION
+    arguments: Arguments = (rel, problem.geometry.num_offsets, plan.layout.max_chunks)
+    return Launch(table_kernel, grid, arguments, options, shape=(heads, rel.numel()))
 
 
 def _folds(problem: Problem, plan: Schedule) -> tuple[Launch, Launch]:
@@ -188,7 +189,7 @@ def _folds(problem: Problem, plan: Schedule) -> tuple[Launch, Launch]:
     first: Arguments = (layout.first_run, programs, splits, heads, pairs)
     then: Arguments = (layout.members, classes * pairs, offsets, longest)
     options = {"BLOCK": 256, "STEP": 16} | FUSION
-    grid = (triton.cdiv(pairs, 256), classes, heads)
+    grid = (pairs // 256, classes, heads)
     over_programs = Launch(sum_programs_kernel, grid, first, options, shape=(heads, classes, pairs))
     options = {"BLOCK": min(1024, padded(longest))} | FUSION
     return over_programs, Launch(fold_bias_kernel, (offsets, heads), then, options)

@@ -9,6 +9,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# Arguments of which no value is worth a kernel of its own.
+RUNTIME = ["batch", "batch_step", "tokens", "heads", "group", "bias_head", "max_chunks"]
 
 
 @triton.jit
@@ -66,23 +68,24 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def pair_at(ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    """Where each (row, column) pair of a chunk lies in memory, `[ROWS, CHUNK]`.
+def load_bias(at, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    """The bias of every (row, column) pair of a chunk, `[ROWS, CHUNK]`, from a table in the order of `pair_at`.
 
-    In the order of matrix accumulators: a thread has 2 neighboring columns in 2 rows that are 8 apart, one after the
-    other in memory, then the next 4 columns' threads, then the next row's.
+    Read 16 bytes at a time and straight into an accumulator's place.
     """
-    row, col = tl.arange(0, ROWS), tl.arange(0, CHUNK)
-    of_row = row // 16 * 128 + row % 8 * 16 + row // 8 % 2 * 2
-    of_col = col // 8 * (8 * ROWS) + col % 8 // 2 * 4 + col % 2
-    return of_row[:, None] + of_col[None, :]
+    pairs = tl.reshape(tl.load(at + tl.arange(0, ROWS * CHUNK)), [CHUNK // 8, ROWS // 16, 8, 4, 2, 2])
+    return tl.reshape(tl.permute(pairs, [1, 4, 2, 0, 3, 5]), [ROWS, CHUNK])
 
 
 @triton.jit
-def load_chunk(at, ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    """The numbers at `pair_at`, `[ROWS, CHUNK]`, read 16 bytes at a time and straight into an accumulator's place."""
-    pairs = tl.reshape(tl.load(at + tl.arange(0, ROWS * CHUNK)), [CHUNK // 8, ROWS // 16, 8, 4, 2, 2])
-    return tl.reshape(tl.permute(pairs, [1, 4, 2, 0, 3, 5]), [ROWS, CHUNK])
+def pair_at(n, ROWS: tl.constexpr):
+    """(row, column) in place `n` of a chunk's table.
+
+    In the order of matrix accumulators: a thread has 2 neighboring columns in 2 rows that are 8 apart, one after the
+    other, then come the next 4 columns' threads, then the next row's.
+    """
+    row = n // 128 % (ROWS // 16) * 16 + n // 2 % 2 * 8 + n // 16 % 8
+    return row, n // (8 * ROWS) * 8 + n // 4 % 4 * 2 + n % 2
 
 
 @triton.jit
@@ -110,11 +113,17 @@ def drop(x, seed, keep_from, keep_scale, query_tok, key_tok, batch_head):
     return tl.where(bits.to(tl.uint32, bitcast=True) >= keep_from.to(tl.uint32), x * keep_scale, 0.0)
 
 
-@triton.jit(do_not_specialize=["offsets", "pairs"])
-def table_kernel(rpb, table, rel, offsets, pairs, scale, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    """Writes the bias of every (row, column) pair of every tile class. Grid (blocks of pairs, heads)."""
-    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    head = tl.program_id(1)
-    rel_tile = tl.load(rel + pair, mask=pair < pairs, other=-1)
+@triton.jit(do_not_specialize=["offsets", "max_chunks"])
+def table_kernel(
+    rpb, table, rel, offsets, max_chunks, scale,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Writes the bias of all pairs, chunk by chunk of a tile class. Grid (blocks of a chunk, chunks, heads)."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tile_class, chunk = tl.program_id(1) // max_chunks, tl.program_id(1) % max_chunks
+    row, col = pair_at(place, ROWS)
+    rel_tile = tl.load(rel + (tile_class * ROWS + row) * max_chunks * CHUNK + chunk * CHUNK + col)
+    head = tl.program_id(2)
     bias = pair_bias(rpb, head * offsets, rel_tile, 1 / scale, HAS_BIAS)
-    tl.store(table + head.to(tl.int64) * pairs + pair, bias, mask=pair < pairs)
+    chunk_of_head = head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(table + chunk_of_head * (ROWS * CHUNK) + place, bias)
