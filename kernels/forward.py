@@ -53,7 +53,7 @@ def attend(
 def forward_kernel(
     q, k, v, out, lse, bias_source, seed, row_tokens, col_tokens, runs, rel,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
-    batch, batch_step, tokens, heads, group, bias_head, max_chunks, scale, keep_from, keep_scale,
+    batch, batch_step, tokens, heads, group, bias_head, max_chunks, scale, keep_from: tl.uint32, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
     CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,

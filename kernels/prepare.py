@@ -67,15 +67,15 @@ class Launch:
     def __call__(self, *tensors: Tensor | None, numbers: tuple[float, ...] = ()) -> None:
         """Launches the kernel.
 
-        Triton looks for the variant to launch by every argument, which takes longer than all that is done here. Only
-        aligned tensors and dropout's numbers make a difference between the calls of one launch, so the others keep it.
+        Triton looks for the variant to launch by every argument, which takes longer than all that is done here. Between
+        the calls of one launch only alignment makes a difference, so calls with aligned tensors keep theirs.
         """
         aligned = not any([x.data_ptr() % ALIGNMENT for x in tensors if x is not None])
         if self._run is not None and aligned:
             self._run(*tensors, *self.arguments, *numbers, *self._constants)
             return
         compiled = self.kernel[self.grid](*tensors, *self.arguments, *numbers, **self.options)
-        if compiled is not None and aligned and not self.options.get("DROPOUT"):
+        if compiled is not None and aligned:
             self._run = compiled[(*self.grid, 1, 1)[:3]]
 
 

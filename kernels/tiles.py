@@ -10,7 +10,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Arguments of which no value is worth a kernel of its own.
-RUNTIME = ["batch", "batch_step", "tokens", "heads", "group", "bias_head", "max_chunks"]
+RUNTIME = ["batch", "batch_step", "tokens", "heads", "group", "bias_head", "keep_from", "max_chunks"]
 
 
 @triton.jit

@@ -120,8 +120,9 @@ def test_a_launch_searches_again_for_what_triton_tells_apart(gpu: Driver) -> Non
     assert searched(lambda: step(CLOSED, shift=1)) == 2
     assert len({x[2] for x in gpu.launched} - variants) == 2
     assert searched(lambda: step(CLOSED)) == 0
-    for _ in range(2):
-        assert searched(lambda: step(CLOSED, dropout_p=0.5)) >= 2
+    step(CLOSED, dropout_p=0.5)
+    for dropout_p in (0.1, 2**-32, 2**-28):  # of which Triton could take some for constants or aligned
+        assert searched(lambda p=dropout_p: step(CLOSED, dropout_p=p)) == 0
 
 
 def test_tokens_that_lie_unevenly_are_copied() -> None:
