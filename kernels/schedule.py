@@ -66,7 +66,7 @@ def problem_of(
     """Each problem once."""
     # AMD has no tf32x3.
     precision = "tf32x3" if tf32 and torch.version.hip is None else "ieee"
-    if device.type == "cpu":
+    if triton.knobs.runtime.interpret:
         precision = "interpreted"
     return Problem(geometry, batch, heads, kv_heads, dim, value_dim, dtype, device, precision, wide)
 

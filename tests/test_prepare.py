@@ -1,21 +1,19 @@
-"""What launches keep from call to call, with Triton's compiler and a GPU's driver that only takes note."""
+"""What launches keep from call to call, on a GPU that is not there."""
 
-from collections.abc import Iterator
-from dataclasses import replace
-from functools import lru_cache
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.runtime import JITFunction, driver
+from triton.runtime import JITFunction
 
 from dinat_triton.geometry import Geometry
 from dinat_triton.kernels import launch, prepare
+from dinat_triton.kernels.targets import find_target
+from tests.oracles.gpu import GPU, Launched, pretended
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernels are interpreted")
 
@@ -28,72 +26,38 @@ KERNELS = {
 }
 
 
-class Driver:
-    """Passes for the driver of an sm_90 whose memory is the CPU's, and keeps what kernels are launched with."""
-
-    def __init__(self) -> None:
-        self.launched: list[tuple] = []
-        loaded = (None, None, 32, 0, 1024)
-        properties = {"max_shared_mem": 227 << 10}
-        self.utils = SimpleNamespace(
-            get_device_properties=lambda device: properties,
-            load_binary=lambda *binary: loaded,
-            unload_module=lambda *module: None,
-        )
-
-    def launcher_cls(self, source: Any, metadata: Any):
-        def run(x: int, y: int, z: int, stream: int, function: None, packed: tuple, *hooks_and_arguments: Any) -> None:
-            self.launched.append((metadata.name, (x, y, z), metadata.hash, hooks_and_arguments[3:]))
-
-        return run
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
-    """The CPU's problems are compiled, not interpreted."""
-    problem_of = prepare.problem_of
-    monkeypatch.setattr(prepare, "problem_of", lru_cache(lambda *sizes: replace(problem_of(*sizes), precision="ieee")))
-    previous = driver._active
-    fake = Driver()
-    driver.set_active(fake)
-    prepare.forget()
-    kernels = [k for k in vars(prepare).values() if isinstance(k, JITFunction)]
-    try:
-        yield fake
-    finally:
-        driver.set_active(previous)
-        prepare.forget()
-        for kernel in kernels:
-            kernel.device_caches.clear()
+def gpu(tmp_path: Path) -> Iterator[GPU]:
+    with pretended(find_target("sm_90"), tmp_path) as gpu:
+        yield gpu
 
 
-def step(geometry: Geometry, dropout_p: float = 0.0, shift: int = 0) -> None:
-    """A training step's launches, on queries that begin `shift` numbers behind an aligned address."""
+def step(geometry: Geometry, number: int = 0, dropout_p: float = 0.0, shift: int = 0) -> list[Tensor | None]:
+    """The results of one training step's launches; its queries begin `shift` numbers behind an aligned address."""
+    generator = torch.Generator().manual_seed(number)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).bfloat16()
+
     shape = (2, *geometry.shape, 2, 16)
-    query = torch.zeros(torch.Size(shape).numel() + shift, dtype=torch.bfloat16)[shift:].view(shape)
-    key, value, grad_out = (torch.zeros(shape, dtype=torch.bfloat16) for _ in range(3))
-    rpb = torch.zeros(2, *geometry.bias_shape, dtype=torch.bfloat16)
-    seed = torch.zeros(1, dtype=torch.int64) if dropout_p else None
+    query = draw(torch.Size(shape).numel() + shift)[shift:].view(shape)
+    key, value, grad_out = (draw(*shape) for _ in range(3))
+    rpb = draw(2, *geometry.bias_shape)
+    seed = torch.tensor([number]) if dropout_p else None
     qkv = [query, key, value]
     out, lse = launch.forward(qkv, rpb, seed, geometry, 0.25, dropout_p, True)
     grads = [torch.empty_like(x) for x in qkv]
-    launch.backward(qkv, rpb, seed, out, lse, grad_out, None, geometry, 0.25, dropout_p, grads)
+    grad_rpb = launch.backward(qkv, rpb, seed, out, lse, grad_out, None, geometry, 0.25, dropout_p, grads)
+    return [out, lse, *grads, grad_rpb]
 
 
-def plain(arguments: tuple) -> list:
-    return [(x.dtype, x.shape) if isinstance(x, Tensor) else x for x in arguments]
+def plain(launched: Launched) -> tuple:
+    """Without the numbers in its tensors."""
+    arguments = [(x.dtype, x.shape) if isinstance(x, Tensor) else x for x in launched.arguments]
+    return launched.kernel, launched.variant, launched.grid, arguments
 
 
-def searched(run: Any) -> int:
+def searched(run: Callable[[], object]) -> int:
     """How often Triton looked for a variant."""
     original = JITFunction.run
     with mock.patch.object(JITFunction, "run", autospec=True, side_effect=original) as looked:
@@ -102,26 +66,35 @@ def searched(run: Any) -> int:
 
 
 @pytest.mark.parametrize("geometry", KERNELS)
-def test_a_launch_gives_its_kernel_what_triton_would(gpu: Driver, geometry: Geometry) -> None:
+def test_a_launch_gives_its_kernel_what_triton_would(gpu: GPU, geometry: Geometry) -> None:
     assert searched(lambda: step(geometry)) == len(KERNELS[geometry])
-    assert [name.removesuffix("_kernel") for name, *_ in gpu.launched] == KERNELS[geometry]
+    assert [x.kernel.removesuffix("_kernel") for x in gpu.launched] == KERNELS[geometry]
     by_triton, gpu.launched = gpu.launched, []
-    assert searched(lambda: step(geometry)) == 0
-    for theirs, ours in zip(by_triton, gpu.launched, strict=True):
-        assert theirs[:3] == ours[:3]
-        assert plain(theirs[3]) == plain(ours[3])
+    assert searched(lambda: step(geometry, 1)) == 0
+    assert [plain(x) for x in gpu.launched] == [plain(x) for x in by_triton]
 
 
-def test_a_launch_searches_again_for_what_triton_tells_apart(gpu: Driver) -> None:
+@pytest.mark.parametrize("geometry", KERNELS)
+def test_a_launch_that_is_kept_works_on_the_tensors_it_is_given(gpu: GPU, geometry: Geometry) -> None:
+    step(geometry)
+    ours = step(geometry, 1)
+    prepare.forget()
+    torch.testing.assert_close(ours, step(geometry, 1), rtol=0, atol=0)
+
+
+def test_a_launch_searches_again_for_what_triton_tells_apart(gpu: GPU) -> None:
     step(CLOSED)
-    variants = {x[2] for x in gpu.launched}
+    variants = {x.variant for x in gpu.launched}
     gpu.launched = []
     # The forward and the backward read the shifted query, the sums of the bias gradient do not.
     assert searched(lambda: step(CLOSED, shift=1)) == 2
-    assert len({x[2] for x in gpu.launched} - variants) == 2
+    assert len({x.variant for x in gpu.launched} - variants) == 2
     assert searched(lambda: step(CLOSED)) == 0
+
+
+def test_all_dropout_takes_one_variant(gpu: GPU) -> None:
     step(CLOSED, dropout_p=0.5)
-    for dropout_p in (0.1, 2**-32, 2**-28):  # of which Triton could take some for constants or aligned
+    for dropout_p in (0.1, 2**-32, 2**-28, 1 - 2**-32):  # of which Triton could take some for constants or aligned
         assert searched(lambda p=dropout_p: step(CLOSED, dropout_p=p)) == 0
 
 

@@ -4,7 +4,6 @@ Needs TRITON_INTERPRET=1 before Triton is imported; `make test` runs this folder
 """
 
 import random
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 import dinat_triton as dt
 from tests.oracles import sampling
+from tests.oracles.cases import check, check_narrow, make_case
 
 pytestmark = [
     pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="set TRITON_INTERPRET=1"),
@@ -20,57 +20,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
 ]
 
-NA = {1: dt.na1d, 2: dt.na2d, 3: dt.na3d}
 CHUNKS = 15
 SAMPLES = sampling.samples(150, seed=11, max_tokens=40)
-
-
-@dataclass
-class Case:
-    """A problem in float64; leaves are query, key, value and maybe the bias."""
-
-    sample: sampling.Sample
-    leaves: list[Tensor]
-    grad_out: Tensor
-    grad_lse: Tensor
-    scale: float | None = None
-    dropout_p: float = 0.0
-
-    def run(self, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Outputs and gradients; the bias is never narrower than float32, as a parameter under autocast would be."""
-        wide = torch.promote_types(dtype, torch.float32)
-        leaves = [x.to(dtype if i < 3 else wide).detach().requires_grad_() for i, x in enumerate(self.leaves)]
-        options = self.sample.kwargs() | {"scale": self.scale, "dropout_p": self.dropout_p, "return_lse": True}
-        rpb = leaves[3] if len(leaves) == 4 else None
-        torch.manual_seed(3)  # the same dropout everywhere
-        out, lse = NA[self.sample.rank](*leaves[:3], rpb=rpb, **options, backend=backend)
-        grads = torch.autograd.grad([out, lse], leaves, [self.grad_out.to(out.dtype), self.grad_lse.to(lse.dtype)])
-        names = ("out", "lse", "grad_query", "grad_key", "grad_value", "grad_rpb")
-        return dict(zip(names, (out.detach(), lse.detach(), *grads), strict=False))
-
-
-def make_case(sample: sampling.Sample, rng: random.Random, **options) -> Case:
-    """Sizes differ from each other, so that a mixed-up axis cannot go unseen."""
-    kv_heads = rng.choice([1, 2])
-    heads = options.pop("heads", kv_heads * rng.choice([1, 1, 2]))
-    kv_heads = min(kv_heads, heads)
-    dim, value_dim = options.pop("dims", rng.choice([(8, 8), (5, 3), (12, 20)]))
-    lead = (options.pop("batch", rng.choice([1, 2])), *sample.shape)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=torch.float64)
-
-    leaves = [normal(*lead, heads, dim), normal(*lead, kv_heads, dim), normal(*lead, kv_heads, value_dim)]
-    if options.pop("biased", rng.random() < 0.85):
-        leaves.append(normal(heads, *(2 * k - 1 for k in sample.kernel_size)))
-    return Case(sample, leaves, normal(*lead, heads, value_dim), normal(*lead, heads), **options)
-
-
-def check(case: Case, dtype: torch.dtype = torch.float32, tolerance: float = 1e-5) -> None:
-    exact = case.run("reference", torch.float64)
-    for name, value in case.run("triton", dtype).items():
-        error = (value.double() - exact[name]).norm() / exact[name].norm().clamp(min=1e-3)
-        assert error < tolerance, f"{name} is off by {error:.1e} on {case.sample}"
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
@@ -114,11 +65,7 @@ def test_layers(sample: sampling.Sample, poisoned: None) -> None:
 def test_low_precision_is_no_worse_than_twice_eager(dtype: torch.dtype, dilation: int) -> None:
     sample = sampling.Sample((10, 10), (5, 5), (dilation, dilation), (1, 1), (False, False))
     case = make_case(sample, random.Random(1), heads=2, dims=(16, 16), biased=True)
-    case.leaves = [x.to(dtype).double() for x in case.leaves]  # what rounding the inputs costs is not ours
-    exact, eager, ours = case.run("reference", torch.float64), case.run("reference", dtype), case.run("triton", dtype)
-    for name, value in exact.items():
-        error, allowed = ((x[name].double() - value).norm() / value.norm() for x in (ours, eager))
-        assert error < 2 * allowed + 1e-6, f"{name}: {error:.1e} against {allowed:.1e}"
+    check_narrow(case, dtype)
 
 
 @pytest.mark.parametrize("dims", [(8, 8), (24, 40), (80, 16), (96, 96), (256, 8)])

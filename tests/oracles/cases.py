@@ -1,0 +1,69 @@
+"""Problems of attention, run by any backend and compared with the reference in float64."""
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import dinat_triton as dt
+from tests.oracles.sampling import Sample
+
+NA = {1: dt.na1d, 2: dt.na2d, 3: dt.na3d}
+
+
+@dataclass
+class Case:
+    """A problem in float64; leaves are query, key, value and maybe the bias."""
+
+    sample: Sample
+    leaves: list[Tensor]
+    grad_out: Tensor
+    grad_lse: Tensor
+    scale: float | None = None
+    dropout_p: float = 0.0
+
+    def run(self, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Outputs and gradients; the bias is never narrower than float32, as a parameter under autocast would be."""
+        wide = torch.promote_types(dtype, torch.float32)
+        leaves = [x.to(dtype if i < 3 else wide).detach().requires_grad_() for i, x in enumerate(self.leaves)]
+        options = self.sample.kwargs() | {"scale": self.scale, "dropout_p": self.dropout_p, "return_lse": True}
+        rpb = leaves[3] if len(leaves) == 4 else None
+        torch.manual_seed(3)  # the same dropout everywhere
+        out, lse = NA[self.sample.rank](*leaves[:3], rpb=rpb, **options, backend=backend)
+        grads = torch.autograd.grad([out, lse], leaves, [self.grad_out.to(out.dtype), self.grad_lse.to(lse.dtype)])
+        names = ("out", "lse", "grad_query", "grad_key", "grad_value", "grad_rpb")
+        return dict(zip(names, (out.detach(), lse.detach(), *grads), strict=False))
+
+
+def make_case(sample: Sample, rng: random.Random, **options) -> Case:
+    """Sizes differ from each other, so that a mixed-up axis cannot go unseen."""
+    kv_heads = rng.choice([1, 2])
+    heads = options.pop("heads", kv_heads * rng.choice([1, 1, 2]))
+    kv_heads = min(kv_heads, heads)
+    dim, value_dim = options.pop("dims", rng.choice([(8, 8), (5, 3), (12, 20)]))
+    lead = (options.pop("batch", rng.choice([1, 2])), *sample.shape)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64)
+
+    leaves = [normal(*lead, heads, dim), normal(*lead, kv_heads, dim), normal(*lead, kv_heads, value_dim)]
+    if options.pop("biased", rng.random() < 0.85):
+        leaves.append(normal(heads, *(2 * k - 1 for k in sample.kernel_size)))
+    return Case(sample, leaves, normal(*lead, heads, value_dim), normal(*lead, heads), **options)
+
+
+def check(case: Case, dtype: torch.dtype = torch.float32, tolerance: float = 1e-5) -> None:
+    exact = case.run("reference", torch.float64)
+    for name, value in case.run("triton", dtype).items():
+        error = (value.double() - exact[name]).norm() / exact[name].norm().clamp(min=1e-3)
+        assert error < tolerance, f"{name} is off by {error:.1e} on {case.sample}"
+
+
+def check_narrow(case: Case, dtype: torch.dtype) -> None:
+    """No error is more than twice that of the reference in the same dtype."""
+    case.leaves = [x.to(dtype).double() for x in case.leaves]  # what rounding the inputs costs is not ours
+    exact, eager, ours = case.run("reference", torch.float64), case.run("reference", dtype), case.run("triton", dtype)
+    for name, value in exact.items():
+        error, allowed = ((x[name].double() - value).norm() / value.norm() for x in (ours, eager))
+        assert error < 2 * allowed + 1e-6, f"{name}: {error:.1e} against {allowed:.1e} on {case.sample}"

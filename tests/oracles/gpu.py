@@ -1,0 +1,89 @@
+"""A GPU of NVIDIA's that is not there: Triton compiles for it, and a machine runs the result on the CPU's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import triton
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime import JITFunction, driver
+
+from dinat_triton.kernels import prepare, schedule, support
+from dinat_triton.kernels.targets import Target
+from tests.oracles import machine, ptx
+
+
+@dataclass(frozen=True)
+class Launched:
+    """What Triton's launcher was given; `variant` names what was compiled."""
+
+    kernel: str
+    variant: str
+    code: list[ptx.Instruction]
+    grid: tuple[int, int, int]
+    arguments: tuple[Any, ...]
+
+
+class GPU:
+    """Passes for Triton's driver of it, and keeps what was launched."""
+
+    def __init__(self, target: Target):
+        self.target = target
+        self.launched: list[Launched] = []
+        properties = {"max_shared_mem": target.shared}
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: properties,
+            load_binary=lambda name, binary, *_: (None, ptx.parse(binary.decode()), 0, 0, 1024),
+            unload_module=lambda *module: None,
+        )
+
+    def launcher_cls(self, source: Any, metadata: Any):
+        def run(
+            x: int, y: int, z: int, stream: int, kernel: ptx.Kernel, packed: Any, launched: Any, enter: Any, leave: Any,
+            *arguments: Any,
+        ) -> None:  # fmt: skip
+            kinds = source.signature.values()
+            passed = [value for value, kind in zip(arguments, kinds, strict=True) if kind != "constexpr"]
+            self.launched.append(Launched(metadata.name, metadata.hash, kernel.code, (x, y, z), arguments))
+            machine.launch(kernel, (x, y, z), metadata.shared, passed)
+
+        return run
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self):
+        return self.target.triton
+
+
+@contextmanager
+def pretended(target: Target, cache: Path) -> Iterator[GPU]:
+    """The Triton backend takes the CPU's tensors for this GPU's; what was compiled stays in `cache`."""
+    gpu, previous = GPU(target), driver._active
+    kernels = [kernel for kernel in vars(prepare).values() if isinstance(kernel, JITFunction)]
+    with (
+        # The driver takes PTX for its binary.
+        mock.patch.object(CUDABackend, "make_cubin", lambda self, source, *_: source.encode()),
+        mock.patch.object(schedule, "architecture_of", return_value=target.architecture),
+        mock.patch.object(support, "why_not", return_value=None),
+        triton.knobs.cache.scope(),
+    ):
+        triton.knobs.cache.dir = str(cache)
+        driver.set_active(gpu)
+        prepare.forget()
+        try:
+            yield gpu
+        finally:
+            driver.set_active(previous)
+            prepare.forget()
+            for kernel in kernels:
+                kernel.device_caches.clear()

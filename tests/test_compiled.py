@@ -1,0 +1,82 @@
+"""The kernels as Triton compiles them for NVIDIA GPUs, run on the CPU by a machine for PTX, against float64."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+from dinat_triton.kernels.targets import find_target
+from tests.oracles import sampling
+from tests.oracles.cases import check, check_narrow, make_case
+from tests.oracles.gpu import GPU, pretended
+from tests.oracles.sampling import Sample
+
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernels are interpreted")
+
+# The matrix instructions that float16 and bfloat16 take there.
+TARGETS = {"sm_80": "mma", "sm_90": "wgmma"}
+SAMPLES = sampling.samples(12, seed=7, max_tokens=60)
+CLOSED = Sample((14, 14), (7, 7), (2, 2), (1, 1), (False, False))
+SLIDING = Sample((13, 12), (7, 7), (1, 1), (1, 1), (False, False))
+RAGGED = Sample((15, 17), (3, 3), (2, 3), (1, 1), (False, False))
+CAUSAL = Sample((150,), (9,), (1,), (1,), (True,))
+WIDE = Sample((13, 13), (11, 11), (1, 1), (1, 1), (False, False))
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(params=TARGETS)
+def gpu(request: pytest.FixtureRequest, cache: Path, poisoned: None) -> Iterator[GPU]:
+    with pretended(find_target(request.param), cache) as gpu:
+        yield gpu
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+def test_random_geometries(gpu: GPU, sample: Sample) -> None:
+    check(make_case(sample, random.Random(0), heads=2, dims=(12, 8), biased=True, scale=0.7))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sample", [CLOSED, SLIDING, RAGGED, CAUSAL, WIDE], ids=str)
+def test_layers(gpu: GPU, sample: Sample, dtype: torch.dtype) -> None:
+    check_narrow(make_case(sample, random.Random(1), heads=2, dims=(32, 32), batch=2, biased=True), dtype)
+    if sample in (CLOSED, SLIDING):
+        assert TARGETS[gpu.target.name] in {i.operation for each in gpu.launched for i in each.code}
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (24, 40), (128, 16)])
+def test_head_dims(gpu: GPU, dims: tuple[int, int]) -> None:
+    check_narrow(make_case(SLIDING, random.Random(2), heads=2, dims=dims), torch.bfloat16)
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize("sample", [CLOSED, SLIDING], ids=str)
+def test_float32_in_three_products(gpu: GPU, sample: Sample, tf32: None) -> None:
+    check(make_case(sample, random.Random(3), heads=2, dims=(32, 32)))
+    assert "mma" in {i.operation for each in gpu.launched for i in each.code}
+
+
+@pytest.mark.parametrize("sample", [CLOSED, SLIDING], ids=str)
+def test_without_a_bias_and_with_grouped_heads(gpu: GPU, sample: Sample) -> None:
+    case = make_case(sample, random.Random(4), heads=4, dims=(32, 32), biased=False)
+    case.leaves[1:] = [x[..., :2, :] for x in case.leaves[1:]]
+    check_narrow(case, torch.bfloat16)
+
+
+# Keeping from 1 on is what no other number would do: Triton would take it for a constant.
+@pytest.mark.parametrize("dropout_p", [0.3, 2**-32])
+@pytest.mark.parametrize("sample", [CLOSED, SLIDING], ids=str)
+def test_dropout(gpu: GPU, sample: Sample, dropout_p: float) -> None:
+    check_narrow(make_case(sample, random.Random(5), dims=(32, 32), dropout_p=dropout_p), torch.bfloat16)

@@ -1,0 +1,127 @@
+"""What the machine for PTX must not let pass."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+
+import dinat_triton as dt
+from dinat_triton.kernels.targets import find_target
+from tests.oracles import gpu, machine, ptx
+from tests.oracles.machine import Fault
+
+KERNEL = """
+.visible .entry kernel(
+	.param .u64 .ptr .global .align 1 kernel_param_0
+)
+.reqntid 64
+{
+	.reg .pred 	%p<9>;
+	.reg .b32 	%r<9>;
+	.reg .b64 	%rd<9>;
+	ld.param.b64 	%rd1, [kernel_param_0];
+	mov.u32 	%r1, %tid.x;
+	mad.wide.u32 	%rd2, %r1, 4, %rd1;
+	shl.b32 	%r2, %r1, 2;
+	xor.b32 	%r3, %r2, 128;
+	setp.lt.u32 	%p1, %r1, 16;
+BODY
+	ret;
+}
+"""
+
+
+def run(body: str, numbers: int = 64) -> list[int]:
+    """What becomes of numbers that count up. `%rd2` is a thread's own; `%r2`, `%r3` its and another's shared place."""
+    x = torch.arange(numbers, dtype=torch.int32)
+    machine.launch(ptx.parse(KERNEL.replace("BODY", body)), (1, 1, 1), 256, [x])
+    return x.tolist()
+
+
+def test_threads_exchange_through_shared_memory() -> None:
+    body = """
+	ld.global.b32 	%r4, [%rd2];
+	st.shared.b32 	[%r2], %r4;
+	bar.sync 	0;
+	ld.shared.b32 	%r5, [%r3];
+	st.global.b32 	[%rd2], %r5;"""
+    assert run(body) == [*range(32, 64), *range(32)]
+    with pytest.raises(Fault, match=r"warps meet in shared memory without a barrier: ld.shared.b32"):
+        run(body.replace("	bar.sync 	0;\n", ""))
+
+
+def test_threads_that_part_meet_again() -> None:
+    parted = """
+	mov.b32 	%r4, 1;
+	@%p1 bra 	$L_few;
+	mov.b32 	%r4, 2;
+$L_few:
+	bar.sync 	0;
+	st.global.b32 	[%rd2], %r4;"""
+    assert run(parted) == [1] * 16 + [2] * 48
+    barrier = "	bar.sync 	0;\n"
+    with pytest.raises(Fault, match="threads that must be together have parted"):
+        run(parted.replace(barrier, "").replace("$L_few:", f"{barrier}$L_few:"))
+
+
+def test_loops_run_as_often_as_each_thread_wants() -> None:
+    body = """
+	mov.b32 	%r4, 0;
+$L_again:
+	add.s32 	%r4, %r4, 1;
+	setp.lt.u32 	%p2, %r4, %r1;
+	@%p2 bra 	$L_again;
+	st.global.b32 	[%rd2], %r4;"""
+    assert run(body) == [1, *range(1, 64)]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("	ld.global.b32 	%r4, [%rd2+4];", "outside the tensors"),
+        ("	st.global.b32 	[%rd1+-4], %r1;", "outside the tensors"),
+        ("	ld.global.b32 	%r4, [%rd2+2];", "4 bytes is misaligned"),
+        ("	ld.global.v2.b32 	{%r4, %r5}, [%rd2];", "8 bytes is misaligned"),
+        ("	ld.shared.b32 	%r4, [%r2+4];", "outside the shared memory"),
+    ],
+)
+def test_bad_accesses_fault(body: str, message: str) -> None:
+    with pytest.raises(Fault, match=message):
+        run(body)
+    # But not where their predicate does not hold.
+    assert run(f"	setp.lt.u32 	%p2, %r1, 0;\n	@%p2 {body.strip()}") == list(range(64))
+
+
+def test_copies_are_there_when_they_have_been_waited_for() -> None:
+    body = """
+	cp.async.ca.shared.global 	[%r2], [%rd2], 0x4, %r9;
+	cp.async.commit_group;
+	cp.async.wait_group 	0;
+	ld.shared.b32 	%r5, [%r2];
+	st.global.b32 	[%rd2], %r5;""".replace("%r9", "4")
+    assert run(body) == list(range(64))
+    assert run(body.replace("wait_group 	0", "wait_group 	1")) == [-1] * 64
+    # Nothing is read where nothing is to be copied.
+    assert run(body.replace("0x4, 4", "0x4, 0").replace("[%rd2], 0x4", "[%rd2+4096], 0x4")) == [0] * 64
+
+
+@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernels are interpreted")
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_the_kernels_need_their_barriers(
+    target: str, dilation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step() -> None:
+        qkv = torch.randn(1, 14, 14, 3, 1, 32, dtype=torch.bfloat16, requires_grad=True)
+        out = dt.na2d(*qkv.unbind(3), 7, dilation=dilation, backend="triton")
+        out.sum().backward()
+
+    with gpu.pretended(find_target(target), tmp_path):
+        step()
+    parse: Callable[[str], Any] = ptx.parse
+    monkeypatch.setattr(ptx, "parse", lambda text: parse(text.replace("bar.sync", "// bar.sync")))
+    with gpu.pretended(find_target(target), tmp_path), pytest.raises(Fault, match="without a barrier"):
+        step()
