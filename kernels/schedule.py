@@ -87,7 +87,7 @@ def schedule_of(problem: Problem, name: str) -> Schedule:
     # Powers of two, so that batches of any size share few layouts.
     tiles_per_run = 1 << max(0, (items // problem.batch).bit_length() - 1)
     layout = layout_of(plan, tiles_per_run, problem.wide, problem.device)
-    warps = min(config.warps, _room(architecture, layout.rows, plan.chunk))
+    warps = min(config.warps, _room(architecture, problem.bits, layout.rows, plan.chunk))
     options = {
         "D": problem.dim,
         "DV": problem.value_dim,
@@ -108,12 +108,14 @@ def schedule_of(problem: Problem, name: str) -> Schedule:
     return Schedule(layout, batch_step, grid, options)
 
 
-def _room(architecture: Architecture, rows: int, chunk: int) -> int:
-    """Warps among which Triton can share a chunk out: it gives each 16 rows, and columns only where there are no more.
+def _room(architecture: Architecture, bits: int, rows: int, chunk: int) -> int:
+    """Warps among which Triton can share a chunk out: further ones would repeat what others do.
 
-    Further warps would repeat what others do.
+    It gives each 16 rows, and columns where there are no more rows, but not to AMD's matrix units. Those of gfx9 alone
+    take float32.
     """
-    return chunk // 8 if rows == 16 and not architecture.is_amd else rows // 16
+    by_columns = not architecture.is_amd or (bits == 32 and not architecture.name.startswith("gfx9"))
+    return chunk // 8 if rows == 16 and by_columns else rows // 16
 
 
 @lru_cache(maxsize=512)

@@ -71,6 +71,15 @@ def test_the_bias_goes_from_memory_straight_into_the_accumulator(arch: str) -> N
     assert one_report(forward, arch).shared <= 1.1 * loaded * 32 * 2
 
 
+def test_float32_on_rdna_is_shared_out_among_warps() -> None:
+    """Its matrix units do not take float32, so the 16 rows of a tile are no limit."""
+    launches, _ = record(SLIDING, TARGETS["gfx1100"], torch.float32, 16)
+    forward = next(launch for launch in launches if launch.name == "forward")
+    assert forward.constants["ROWS"] == 16
+    assert forward.options["num_warps"] == 4
+    assert not one_report(forward, "gfx1100").complaints
+
+
 @pytest.mark.parametrize("arch", GATED)
 def test_estimates_name_what_binds(arch: str, gate: tuple) -> None:
     estimates = gate[1][arch]["estimates"]
