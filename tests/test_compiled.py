@@ -2,13 +2,17 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import triton
 
+from dinat_triton.bench.gpu import check_layer
+from dinat_triton.bench.ops import problem_of
 from dinat_triton.kernels.targets import find_target
+from dinat_triton.layers import Layer, layers_of
 from tests.oracles import sampling
 from tests.oracles.cases import check, check_narrow, make_case
 from tests.oracles.gpu import GPU, pretended
@@ -80,3 +84,15 @@ def test_without_a_bias_and_with_grouped_heads(gpu: GPU, sample: Sample) -> None
 @pytest.mark.parametrize("sample", [CLOSED, SLIDING], ids=str)
 def test_dropout(gpu: GPU, sample: Sample, dropout_p: float) -> None:
     check_narrow(make_case(sample, random.Random(5), dims=(32, 32), dropout_p=dropout_p), torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", layers_of("dinat_mini@224"), ids=lambda layer: layer.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_layer(target: str, dtype: torch.dtype, layer: Layer, cache: Path) -> None:
+    """On a GPU so small that its programs walk as many tiles and images as a large one's do in a large batch."""
+    with pretended(replace(find_target(target), multiprocessors=2), cache):
+        found = check_layer(problem_of("dinat_mini", layer, 2), dtype, torch.device("cpu"))
+    assert not found["wrong"], found
+    assert found["repeats"]
