@@ -109,10 +109,17 @@ def test_copies_are_there_when_they_have_been_waited_for() -> None:
 
 
 @pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernels are interpreted")
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("dilation", [1, 2])
-def test_the_kernels_need_their_barriers(
-    target: str, dilation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("target", "left_out", "message"),
+    [
+        ("sm_80", "bar.sync", "without a barrier"),
+        ("sm_90", "bar.sync", "without a barrier"),
+        ("sm_90", "fence.proxy", "without a fence"),
+    ],
+)
+def test_the_kernels_need_their_barriers_and_fences(
+    target: str, left_out: str, message: str, dilation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def step() -> None:
         qkv = torch.randn(1, 14, 14, 3, 1, 32, dtype=torch.bfloat16, requires_grad=True)
@@ -122,6 +129,6 @@ def test_the_kernels_need_their_barriers(
     with gpu.pretended(find_target(target), tmp_path):
         step()
     parse: Callable[[str], Any] = ptx.parse
-    monkeypatch.setattr(ptx, "parse", lambda text: parse(text.replace("bar.sync", "// bar.sync")))
-    with gpu.pretended(find_target(target), tmp_path), pytest.raises(Fault, match="without a barrier"):
+    monkeypatch.setattr(ptx, "parse", lambda text: parse(text.replace(left_out, f"// {left_out}")))
+    with gpu.pretended(find_target(target), tmp_path), pytest.raises(Fault, match=message):
         step()

@@ -1,9 +1,9 @@
 """A machine for PTX: the threads of a launch in step, a register an array with a value for each of them.
 
 It knows the instructions these kernels are made of and nothing more, and it is stricter than a GPU. What faults: an
-access outside the tensors of the launch, a misaligned one, a barrier that a part of a program does not reach, and warps
-that meet in shared memory without a barrier in between. What runs beside the threads is not there before it is waited
-for, and what nobody wrote reads as NaN.
+access outside the tensors of the launch, a misaligned one, a barrier that a part of a program does not reach, warps
+that meet in shared memory with no barrier in between, matrix units that read what threads stored there without a
+fence. What runs beside the threads is not there before it is waited for, and what nobody wrote reads as NaN.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class Shared(Memory):
         self.size = -(-max(size, 1) // 16) * 16
         super().__init__(np.full(programs * self.size, 0xFF, "u1"))
         self.readers, self.writers = np.zeros_like(self.bytes), np.zeros_like(self.bytes)
+        self.unfenced = np.zeros_like(self.bytes)
 
     def load(self, place: Array, kind: str, warp: Array) -> Array:
         for w in np.unique(warp):
@@ -79,11 +80,15 @@ class Shared(Memory):
             at, new = place[warp == w], values[warp == w]
             changes = super().load(at, kind, warp) != new
             self._note(self.writers, at[changes], kind, w, self.writers, self.readers)
+            self._note(self.unfenced, at, kind, w)
             super().store(at, kind, warp, new)
 
     def pass_barrier(self, programs: Array) -> None:
         for notes in (self.readers, self.writers):
             notes.reshape(-1, self.size)[programs] = 0
+
+    def pass_fence(self, programs: Array) -> None:
+        self.unfenced.reshape(-1, self.size)[programs] = 0
 
     def _note(self, notes: Array, place: Array, kind: str, warp: int, *conflicting: Array) -> None:
         size = np.dtype(kind).itemsize
@@ -412,6 +417,7 @@ def copy(machine: Machine, instruction: Instruction, *operands: Operand) -> None
         for owner, place, words in machine.copies.wait(threads, operands[0]):
             for i, word in enumerate(words.T):
                 machine.shared.store(place + i, "u4", machine.warp[owner], word)
+                machine.shared.unfenced.view("u4")[place + i] = 0  # which only threads' own stores need
     else:
         to, source, width, taken = operands
         _, at = machine.find("shared", to, width, threads)
@@ -437,7 +443,8 @@ def barrier(machine: Machine, instruction: Instruction, *operands: Operand) -> N
 
 @operation("fence")
 def fence(machine: Machine, instruction: Instruction) -> None:
-    """Memory is always in order here."""
+    """For matrix units; to threads memory is always in order here."""
+    machine.shared.pass_fence(machine.program[machine.running])
 
 
 @operation("shfl")
@@ -543,6 +550,8 @@ def _shared_matrix(
     at ^= (at >> 7 & line // 16 - 1) << 4
     machine.check_shared(at, 2)
     place = (at + machine.program[groups[:, 0]][:, None, None] * machine.shared.size) // 2
+    if machine.shared.unfenced.view("u2")[place].any():
+        raise Fault("matrix units read what was stored without a fence")
     for first in groups[:, ::LANES].T:
         owner = np.broadcast_to(first[:, None, None], place.shape)
         halves = machine.shared.load(place, "u2", machine.warp[owner])
