@@ -86,14 +86,17 @@ class Step:
         warps = self.launch.options["num_warps"]
         steps = scores / (self.launch.constants["ROWS"] * self.launch.constants["CHUNK"])
         tiles = len(self.schedule.layout.row_tokens) * maps
-        instructions = steps * report.chunk_length + (tiles * report.item_length if self.reads_table else 0)
+        items = tiles if self.reads_table else 0  # else a step is an item's only one
+        instructions = steps * report.chunk_length + items * report.item_length
+        exchanged = warps * (steps * report.chunk_exchange + items * report.item_exchange)
         # What a program waits for in one step; a pipeline loads ahead, all but the indices.
         wait = (traffic.products + 1) * COMPUTE + (LOAD if self.launch.options["num_stages"] == 1 else 0)
         wait += INDEX if self.reads_table else 0
         return {
             "memory": (tensors + self._partials()) / target.memory,
             "L2": loaded / target.cache,
-            "L1": (loaded + table) / target.nearest_cache,
+            # Shared memory is a part of it.
+            "L1": (loaded + table + exchanged) / target.nearest_cache,
             "products": flops / (target.products if self.itemsize == 2 else target.products32),
             "exps": steps * report.exps * warps * target.warp / target.exps,
             "issue": warps * instructions / target.issues,

@@ -46,7 +46,8 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def report_of(launch: Launch, **changed: object) -> Report:
     fields = {
         "launch": launch, "target": TARGET.name, "registers": 64, "spills": 0, "shared": 1024, "matrix": {}, "exps": 16,
-        "expected_exps": 16.0, "loads": {16: 1}, "chunk_length": 100, "item_length": 100, "programs": 8,
+        "expected_exps": 16.0, "loads": {16: 1}, "chunk_length": 100, "item_length": 100, "chunk_exchange": 0,
+        "item_exchange": 0, "programs": 8,
     }  # fmt: skip
     return Report(**(fields | changed))
 
