@@ -178,6 +178,8 @@ class Machine:
         return self.read(predicate, "?") == holds
 
     def _execute(self, instruction: Instruction) -> None:
+        if instruction.operation not in OPERATIONS:
+            raise NotImplementedError(instruction.text)
         try:
             OPERATIONS[instruction.operation](self, instruction, *instruction.operands)
         except Fault as fault:
