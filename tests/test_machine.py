@@ -34,10 +34,10 @@ BODY
 """
 
 
-def run(body: str, numbers: int = 64) -> list[int]:
+def run(body: str, programs: int = 1) -> list[int]:
     """What becomes of numbers that count up. `%rd2` is a thread's own; `%r2`, `%r3` its and another's shared place."""
-    x = torch.arange(numbers, dtype=torch.int32)
-    machine.launch(ptx.parse(KERNEL.replace("BODY", body)), (1, 1, 1), 256, [x])
+    x = torch.arange(64, dtype=torch.int32)
+    machine.launch(ptx.parse(KERNEL.replace("BODY", body)), (programs, 1, 1), 256, [x])
     return x.tolist()
 
 
@@ -93,6 +93,18 @@ def test_bad_accesses_fault(body: str, message: str) -> None:
         run(body)
     # But not where their predicate does not hold.
     assert run(f"	setp.lt.u32 	%p2, %r1, 0;\n	@%p2 {body.strip()}") == list(range(64))
+
+
+@pytest.mark.parametrize("programs", [2, machine.PROGRAMS_IN_STEP + 1])
+def test_programs_that_write_one_place_fault(programs: int) -> None:
+    body = """
+	mov.u32 	%r4, %ctaid.x;
+	setp.eq.u32 	%p2, %r4, 0;
+	@%p2 st.global.b32 	[%rd2], %r1;"""
+    assert run(body, programs) == list(range(64))
+    last = f"setp.eq.u32 	%p3, %r4, {programs - 1};\n	@%p3 st.global.b32 	[%rd2], %r1;"
+    with pytest.raises(Fault, match="two programs write one place"):
+        run(f"{body}\n	{last}", programs)
 
 
 def test_copies_are_there_when_they_have_been_waited_for() -> None:

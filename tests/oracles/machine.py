@@ -1,9 +1,10 @@
 """A machine for PTX: the threads of a launch in step, a register an array with a value for each of them.
 
 It knows the instructions these kernels are made of and nothing more, and it is stricter than a GPU. What faults: an
-access outside the tensors of the launch, a misaligned one, a barrier that a part of a program does not reach, warps
-that meet in shared memory with no barrier in between, matrix units that read what threads stored there without a
-fence. What runs beside the threads is not there before it is waited for, and what nobody wrote reads as NaN.
+access outside the tensors of the launch, a misaligned one, two programs that write one place, a barrier that a part of
+a program does not reach, warps that meet in shared memory with no barrier in between, matrix units that read what
+threads stored there without a fence. What runs beside the threads is not there before it is waited for, and what nobody
+wrote reads as NaN.
 """
 
 from __future__ import annotations
@@ -40,24 +41,47 @@ class Fault(Exception):
 
 def launch(kernel: Kernel, grid: tuple[int, int, int], shared: int, arguments: list[Any]) -> None:
     """Runs a kernel on the CPU's tensors, with so many bytes of shared memory per program."""
+    tensors = [Global(x) for x in arguments if isinstance(x, Tensor)]
+    values = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
     programs = prod(grid)
     for first in range(0, programs, PROGRAMS_IN_STEP):
         some = range(first, min(first + PROGRAMS_IN_STEP, programs))
         with np.errstate(all="ignore"):
-            Machine(kernel, grid, some, shared, arguments).run()
+            Machine(kernel, grid, some, shared, values, tensors).run()
 
 
 class Memory:
-    """Bytes, read and written as numbers of one type, at multiples of their size."""
+    """Bytes, read and written as numbers of one type, at multiples of their size; `who` is a warp or a program."""
 
     def __init__(self, content: Array):
         self.bytes = content
 
-    def load(self, place: Array, kind: str, warp: Array) -> Array:
-        return self.bytes.view(kind)[place]
+    def numbers(self, kind: str) -> Array:
+        return self.bytes[: len(self.bytes) - len(self.bytes) % np.dtype(kind).itemsize].view(kind)
 
-    def store(self, place: Array, kind: str, warp: Array, values: Array) -> None:
-        self.bytes.view(kind)[place] = values
+    def load(self, place: Array, kind: str, who: Array) -> Array:
+        return self.numbers(kind)[place]
+
+    def store(self, place: Array, kind: str, who: Array, values: Array) -> None:
+        self.numbers(kind)[place] = values
+
+
+class Global(Memory):
+    """A tensor's memory, and which program wrote what in it."""
+
+    def __init__(self, tensor: Tensor):
+        storage = tensor.untyped_storage()
+        self.start, self.size = storage.data_ptr(), storage.nbytes()
+        super().__init__(np.frombuffer((ctypes.c_uint8 * self.size).from_address(self.start), "u1"))
+        self.writers = np.full(self.size, -1)
+
+    def store(self, place: Array, kind: str, who: Array, values: Array) -> None:
+        first = place * np.dtype(kind).itemsize
+        before = self.writers[first]
+        self.writers[first] = who
+        if ((before != -1) & (before != who)).any() or (self.writers[first] != who).any():
+            raise Fault("two programs write one place")
+        super().store(place, kind, who, values)
 
 
 class Shared(Memory):
@@ -69,19 +93,19 @@ class Shared(Memory):
         self.readers, self.writers = np.zeros_like(self.bytes), np.zeros_like(self.bytes)
         self.unfenced = np.zeros_like(self.bytes)
 
-    def load(self, place: Array, kind: str, warp: Array) -> Array:
-        for w in np.unique(warp):
-            self._note(self.readers, place[warp == w], kind, w, self.writers)
-        return super().load(place, kind, warp)
+    def load(self, place: Array, kind: str, who: Array) -> Array:
+        for warp in np.unique(who):
+            self._note(self.readers, place[who == warp], kind, warp, self.writers)
+        return super().load(place, kind, who)
 
-    def store(self, place: Array, kind: str, warp: Array, values: Array) -> None:
+    def store(self, place: Array, kind: str, who: Array, values: Array) -> None:
         """Writing what is there already, as warps with the same work do, is no conflict."""
-        for w in np.unique(warp):
-            at, new = place[warp == w], values[warp == w]
-            changes = super().load(at, kind, warp) != new
-            self._note(self.writers, at[changes], kind, w, self.writers, self.readers)
-            self._note(self.unfenced, at, kind, w)
-            super().store(at, kind, warp, new)
+        for warp in np.unique(who):
+            at, new = place[who == warp], values[who == warp]
+            changes = super().load(at, kind, who) != new
+            self._note(self.writers, at[changes], kind, warp, self.writers, self.readers)
+            self._note(self.unfenced, at, kind, warp)
+            super().store(at, kind, who, new)
 
     def pass_barrier(self, programs: Array) -> None:
         for notes in (self.readers, self.writers):
@@ -127,22 +151,23 @@ class Groups:
 class Machine:
     """Runs some programs of a launch."""
 
-    def __init__(self, kernel: Kernel, grid: tuple[int, int, int], programs: range, shared: int, arguments: list[Any]):
-        self.kernel = kernel
+    def __init__(
+        self, kernel: Kernel, grid: tuple[int, int, int], programs: range, shared: int, values: list[Any],
+        tensors: list[Global],
+    ):  # fmt: skip
+        self.kernel, self.first_program, self.tensors = kernel, programs.start, tensors
         self.threads = np.arange(len(programs) * kernel.threads)
         self.running = np.ones(len(self.threads), bool)
         self.program, thread = np.divmod(self.threads, kernel.threads)
         self.warp = thread // LANES
-        z, y, x = np.unravel_index(self.program + programs.start, grid[::-1])
+        z, y, x = np.unravel_index(self.program + self.first_program, grid[::-1])
         numbers = {"%tid.x": thread, "%ctaid.x": x, "%ctaid.y": y, "%ctaid.z": z}
         numbers |= {f"%nctaid.{axis}": np.array(size) for axis, size in zip("xyz", grid, strict=True)}
         self.registers: dict[str, Array] = {name: x.astype("u4") for name, x in numbers.items()}
         self.shared = Shared(len(programs), shared)
         self.copies, self.products = Groups(len(self.threads)), Groups(len(self.threads))
-        self.buffers = [x.untyped_storage() for x in arguments if isinstance(x, Tensor)]
-        values = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
-        values += [0] * (len(kernel.parameters) - len(values))  # scratch memory of Triton's, which no kernel here has
-        parameters = zip(kernel.parameters.items(), values, strict=True)
+        scratch = [0] * (len(kernel.parameters) - len(values))  # Triton's, which no kernel here needs
+        parameters = zip(kernel.parameters.items(), values + scratch, strict=True)
         self.parameters = {name: np.array(x).astype(kind) for (name, kind), x in parameters}
 
     def run(self) -> None:
@@ -224,19 +249,17 @@ class Machine:
             raise Fault("threads that must be together have parted")
         return self.threads.reshape(-1, size)[running.all(1)]
 
-    def find(self, space: str, address: Address, width: int, threads: Array) -> tuple[Memory, Array]:
-        """The memory of which these threads access so many bytes, and where in it each does."""
+    def find(self, space: str, address: Address, width: int, threads: Array) -> tuple[Memory, Array, Array]:
+        """The memory of which these threads access so many bytes; where in it, and for which warp or program."""
         at = self.read_for(threads, address.base, "u8" if space == "global" else "u4").astype(int) + address.offset
         if (at % width).any():
             raise Fault(f"an access to {width} bytes is misaligned")
         if space == "shared":
             self.check_shared(at, width)
-            return self.shared, at + self.program[threads] * self.shared.size
-        for buffer in self.buffers:
-            start, size = buffer.data_ptr(), buffer.nbytes()
-            if ((at >= start) & (at + width <= start + size)).all():
-                content = (ctypes.c_uint8 * (size - size % width)).from_address(start)
-                return Memory(np.frombuffer(content, "u1")), at - start
+            return self.shared, at + self.program[threads] * self.shared.size, self.warp[threads]
+        for tensor in self.tensors:
+            if ((at >= tensor.start) & (at + width <= tensor.start + tensor.size)).all():
+                return tensor, at - tensor.start, self.first_program + self.program[threads]
         raise Fault("an access outside the tensors")
 
     def check_shared(self, at: Array, width: int) -> None:
@@ -393,9 +416,9 @@ def load(machine: Machine, instruction: Instruction, to: Operand, address: Addre
         return
     registers = to if isinstance(to, list) else [to]
     threads = machine.threads[machine.running]
-    memory, at = machine.find(space, address, kind.itemsize * len(registers), threads)
+    memory, at, who = machine.find(space, address, kind.itemsize * len(registers), threads)
     for i, register in enumerate(registers):
-        machine.write_for(threads, register, memory.load(at // kind.itemsize + i, kind.str, machine.warp[threads]))
+        machine.write_for(threads, register, memory.load(at // kind.itemsize + i, kind.str, who))
 
 
 @operation("st")
@@ -403,10 +426,10 @@ def store(machine: Machine, instruction: Instruction, address: Address, source: 
     space, kind = instruction.parts[1], np.dtype(instruction.type)
     sources = source if isinstance(source, list) else [source]
     threads = machine.threads[machine.running]
-    memory, at = machine.find(space, address, kind.itemsize * len(sources), threads)
+    memory, at, who = machine.find(space, address, kind.itemsize * len(sources), threads)
     for i, x in enumerate(sources):
         values = machine.read_for(threads, x, "u2" if kind.itemsize == 1 else kind.str).astype(kind)
-        memory.store(at // kind.itemsize + i, kind.str, machine.warp[threads], values)
+        memory.store(at // kind.itemsize + i, kind.str, who, values)
 
 
 @operation("cp")
@@ -422,14 +445,14 @@ def copy(machine: Machine, instruction: Instruction, *operands: Operand) -> None
                 machine.shared.unfenced.view("u4")[place + i] = 0  # which only threads' own stores need
     else:
         to, source, width, taken = operands
-        _, at = machine.find("shared", to, width, threads)
+        _, at, _ = machine.find("shared", to, width, threads)
         taken = machine.read_for(threads, taken, "u4")
         if not np.isin(taken, (0, width)).all():
             raise NotImplementedError("copies of less than their width")
         words = np.zeros((len(threads), width // 4), "u4")
-        memory, of = machine.find("global", source, width, threads[taken > 0])
+        memory, of, who = machine.find("global", source, width, threads[taken > 0])
         for i in range(width // 4):
-            words[taken > 0, i] = memory.load(of // 4 + i, "u4", machine.warp[threads[taken > 0]])
+            words[taken > 0, i] = memory.load(of // 4 + i, "u4", who)
         machine.copies.begin(threads, at // 4, words)
 
 
@@ -469,7 +492,7 @@ def move_matrices(machine: Machine, instruction: Instruction, first: Operand, se
     """Matrices of 8 x 8 halves: lanes know where the rows lie, and hold two neighbors each, of a row or of a column."""
     loads, warps = instruction.operation == "ldmatrix", machine.together(LANES)
     registers, address = (first, second) if loads else (second, first)
-    _, at = machine.find("shared", address, 16, warps[:, : 8 * len(registers)])
+    _, at, _ = machine.find("shared", address, 16, warps[:, : 8 * len(registers)])
     place = rearrange(at // 2, "w (matrix row) -> matrix w row 1", row=8) + np.arange(8)
     warp = np.broadcast_to(machine.warp[warps[:, :1, None]], place.shape)
     lie = "(t e) g" if "trans" in instruction.parts else "g (t e)"
