@@ -21,7 +21,7 @@ from tests.oracles.sampling import Sample
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernels are interpreted")
 
 # The matrix instructions that float16 and bfloat16 take there.
-TARGETS = {"sm_80": "mma", "sm_90": "wgmma"}
+TARGETS = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}
 SAMPLES = sampling.samples(12, seed=7, max_tokens=60)
 CLOSED = Sample((14, 14), (7, 7), (2, 2), (1, 1), (False, False))
 SLIDING = Sample((13, 12), (7, 7), (1, 1), (1, 1), (False, False))

@@ -10,8 +10,8 @@ import triton
 
 import dinat_triton as dt
 from dinat_triton.kernels.targets import find_target
-from tests.oracles import gpu, machine, ptx
-from tests.oracles.machine import Fault
+from tests.oracles import gpu, ptx
+from tests.oracles.ptx import Fault
 
 KERNEL = """
 .visible .entry kernel(
@@ -37,7 +37,7 @@ BODY
 def run(body: str, programs: int = 1) -> list[int]:
     """What becomes of numbers that count up. `%rd2` is a thread's own; `%r2`, `%r3` its and another's shared place."""
     x = torch.arange(64, dtype=torch.int32)
-    machine.launch(ptx.parse(KERNEL.replace("BODY", body)), (programs, 1, 1), 256, [x])
+    ptx.launch(ptx.parse(KERNEL.replace("BODY", body)), (programs, 1, 1), 256, [x])
     return x.tolist()
 
 
@@ -95,7 +95,7 @@ def test_bad_accesses_fault(body: str, message: str) -> None:
     assert run(f"	setp.lt.u32 	%p2, %r1, 0;\n	@%p2 {body.strip()}") == list(range(64))
 
 
-@pytest.mark.parametrize("programs", [2, machine.PROGRAMS_IN_STEP + 1])
+@pytest.mark.parametrize("programs", [2, ptx.PROGRAMS_IN_STEP + 1])
 def test_programs_that_write_one_place_fault(programs: int) -> None:
     body = """
 	mov.u32 	%r4, %ctaid.x;
@@ -128,9 +128,12 @@ def test_copies_are_there_when_they_have_been_waited_for() -> None:
         ("sm_80", "bar.sync", "without a barrier"),
         ("sm_90", "bar.sync", "without a barrier"),
         ("sm_90", "fence.proxy", "without a fence"),
+        ("sm_100", "bar.sync", "without a barrier"),
+        ("sm_100", "fence.proxy", "without a fence"),
+        ("sm_100", "mbarrier.try_wait", "before a product has been waited for"),
     ],
 )
-def test_the_kernels_need_their_barriers_and_fences(
+def test_the_kernels_need_their_barriers_fences_and_waits(
     target: str, left_out: str, message: str, dilation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def step() -> None:

@@ -1,4 +1,4 @@
-"""A GPU of NVIDIA's that is not there: Triton compiles for it, and a machine runs the result on the CPU's memory."""
+"""A GPU of NVIDIA's that is not there: Triton compiles for it, and the result runs on the CPU's memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from triton.runtime import JITFunction, driver
 
 from dinat_triton.kernels import prepare, schedule, support
 from dinat_triton.kernels.targets import Target
-from tests.oracles import machine, ptx
+from tests.oracles import ptx
+from tests.oracles.ptx.language import Instruction
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Launched:
 
     kernel: str
     variant: str
-    code: list[ptx.Instruction]
+    code: list[Instruction]
     grid: tuple[int, int, int]
     arguments: tuple[Any, ...]
 
@@ -51,7 +52,7 @@ class GPU:
             kinds = source.signature.values()
             passed = [value for value, kind in zip(arguments, kinds, strict=True) if kind != "constexpr"]
             self.launched.append(Launched(metadata.name, metadata.hash, kernel.code, (x, y, z), arguments))
-            machine.launch(kernel, (x, y, z), metadata.shared, passed)
+            ptx.launch(kernel, (x, y, z), metadata.shared, passed)
 
         return run
 

@@ -69,20 +69,29 @@ class Kernel:
 def parse(text: str) -> Kernel:
     """Reads a file of one kernel."""
     head, body = re.sub(r"//.*", "", text).split(".entry", 1)[1].split("\n{\n", 1)
-    body = body.split("\n}")[0]
     code: list[Instruction] = []
     labels = {}
+    block = 0
+
+    def label(name: str) -> str:
+        """Those without a $ are known in their block alone."""
+        return name if name[0] == "$" else f"{name} {block}"
+
     for line in map(str.strip, body.splitlines()):
-        if label := re.fullmatch(r"(\$\w+):", line):
-            labels[label[1]] = len(code)
-        elif found := re.fullmatch(r"(?:@(!?)(%p\d+)\s+)?([a-z][\w.:]*)\s*(.*);", line):
+        if line == "{":
+            block += 1
+        elif found := re.fullmatch(r"(\$?\w+):", line):
+            labels[label(found[1])] = len(code)
+        elif found := re.fullmatch(r"(?:@(!?)([%\w]+)\s+)?([a-z][\w.:]*)\s*(.*);", line):
             negated, predicate, name, operands = found.groups()
-            guard = (predicate, not negated) if predicate else None
-            code.append(Instruction(name.split("."), _operands(operands), guard, line))
+            parsed = [label(operands)] if name.startswith("bra") else _operands(operands)
+            code.append(Instruction(name.split("."), parsed, (predicate, not negated) if predicate else None, line))
+        elif line and line[0] not in ".}":
+            raise NotImplementedError(line)
     return Kernel(
         threads=int(re.findall(r"\.reqntid (\d+)", head)[0]),
         parameters={name: TYPES[kind] for kind, name in re.findall(r"\.param \.(\w+)[^,)]*?(\w+)[,\n]", head)},
-        registers={name: TYPES[kind] for kind, name in re.findall(r"\.reg \.(\w+)\s+(%[a-z]+)<", body)},
+        registers={name: TYPES[kind] for kind, name in re.findall(r"\.reg \.(\w+)\s+(%?[a-z]+)[<;]", body)},
         code=code,
         labels=labels,
     )
@@ -99,6 +108,8 @@ def _operand(text: str) -> Operand:
     if text[0] == "[":
         base, _, offset = text[1:-1].replace(" ", "").partition("+")
         return Address(_operand(base), int(offset or 0))
+    if "|" in text:
+        return [_operand(x) for x in text.split("|")]
     if text.startswith("0f"):
         return Float(int(text[2:], 16))
     if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)U?", text):
