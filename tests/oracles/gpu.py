@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import triton
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import JITFunction, driver
@@ -18,6 +19,9 @@ from dinat_triton.kernels import prepare, schedule, support
 from dinat_triton.kernels.targets import Target
 from tests.oracles import ptx
 from tests.oracles.ptx.language import Instruction
+
+# What does not fit is refused, as by Triton's own launcher.
+INTEGERS = {"i32": "i4", "u32": "u4", "i64": "i8", "u64": "u8"}
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,10 @@ class GPU:
             x: int, y: int, z: int, stream: int, kernel: ptx.Kernel, packed: Any, launched: Any, enter: Any, leave: Any,
             *arguments: Any,
         ) -> None:  # fmt: skip
-            kinds = source.signature.values()
-            passed = [value for value, kind in zip(arguments, kinds, strict=True) if kind != "constexpr"]
+            pairs = zip(arguments, source.signature.values(), strict=True)
+            passed = [
+                np.array(x, INTEGERS[kind]) if kind in INTEGERS else x for x, kind in pairs if kind != "constexpr"
+            ]
             self.launched.append(Launched(metadata.name, metadata.hash, kernel.code, (x, y, z), arguments))
             ptx.launch(kernel, (x, y, z), metadata.shared, passed)
 
