@@ -127,7 +127,7 @@ class Machine:
 
     def find(self, space: str, address: Address, width: int, threads: Array) -> tuple[Memory, Array, Array]:
         """The memory of which these threads access so many bytes; where in it, and for which warp or program."""
-        at = self.read_for(threads, address.base, "u8" if space == "global" else "u4").astype(int) + address.offset
+        at = self.address(threads, address)
         if (at % width).any():
             raise Fault(f"an access to {width} bytes is misaligned")
         if space == "shared":
@@ -137,6 +137,12 @@ class Machine:
             if ((at >= tensor.start) & (at + width <= tensor.start + tensor.size)).all():
                 return tensor, at - tensor.start, self.first_program + self.program[threads]
         raise Fault("an access outside the tensors")
+
+    def address(self, threads: Array, address: Address) -> Array:
+        """As wide as the register that holds it."""
+        base = address.base
+        held = self._register(base) if isinstance(base, str) else np.array(base)
+        return np.broadcast_to(held, self.threads.shape)[threads].astype(int) + address.offset
 
     def check_shared(self, at: Array, width: int) -> None:
         if ((at < 0) | (at + width > self.shared.size)).any():

@@ -124,8 +124,8 @@ def use_tensor_memory(machine: Machine, instruction: Instruction, *operands: Ope
 
 
 def _barrier(machine: Machine, address: Address) -> int:
-    (barrier,) = np.unique(machine.read_for(machine.threads[machine.running], address.base, "u4"))
-    return int(barrier) + address.offset
+    (barrier,) = np.unique(machine.address(machine.threads[machine.running], address))
+    return int(barrier)
 
 
 def allocate(machine: Machine, address: Address, columns: int) -> None:
@@ -152,7 +152,7 @@ def move_tensors(machine: Machine, instruction: Instruction, *operands: Operand)
         row, column = lane // 4 + number // 2 % 2 * 8, number // 4 * 8 + lane % 4 * 2 + number % 2
     else:
         raise NotImplementedError(instruction.text)
-    base = machine.read_for(warps, address.base, "u4").astype(int)[None] + address.offset
+    base = machine.address(warps, address)[None]
     where = (machine.program[warps][None], (base >> 16) + row[..., None, :], (base & 0xFFFF) + column[:, None])
     if machine.tensor_memory.in_use[where].any():
         raise Fault("tensor memory is touched before a product has been waited for")
@@ -177,7 +177,7 @@ def multiply_in_tensor_memory(machine: Machine, d: Address, a: Operand, b: str, 
     words = machine.tensor_memory.words
 
     def place(address: Address, size: int) -> tuple[Array, ...]:
-        base = machine.read_for(first, address.base, "u4").astype(int)[:, None, None] + address.offset
+        base = machine.address(first, address)[:, None, None]
         found = programs[:, None, None], (base >> 16) + lane[:, None], (base & 0xFFFF) + np.arange(size)
         machine.tensor_products.begin(programs, machine.tensor_memory.in_use, found)
         return found
