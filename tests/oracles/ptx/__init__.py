@@ -3,8 +3,9 @@
 It knows the instructions these kernels are made of and nothing more, and it is stricter than a GPU. What faults: an
 access outside the tensors of the launch, a misaligned one, two programs that write one place, a barrier that a part of
 a program does not reach, warps that meet in shared memory with no barrier in between, matrix units that read what
-threads stored there without a fence. What runs beside the threads is not there before it is waited for, and what nobody
-wrote reads as NaN.
+threads stored there without a fence, tensor memory that is touched while a product uses it. Copies have not arrived
+before they are waited for, and what nobody wrote reads as NaN. What it does not see: the results of wgmma are there at
+once, and a wait on an mbarrier is taken for the right phase.
 """
 
 from math import prod
