@@ -50,7 +50,7 @@ def measure_ceilings(device: str | torch.device) -> dict[str, Any]:
 
 def ceilings_of(arch: str) -> dict[str, Any]:
     """What the vendor says of an architecture's largest common GPU; of its memory nine tenths, as copies reach."""
-    from dinat_triton.kernels.targets import find_target
+    from dinat_triton.offline.targets import find_target
 
     target = find_target(arch)
     return {

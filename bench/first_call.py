@@ -53,7 +53,7 @@ def first_calls(problem: dict[str, Any], device: str, dtype: str, backend: str) 
     inputs = Inputs.of(layer, DTYPES[dtype], device, requires_grad=True)
     synchronize = torch.cuda.synchronize if inputs.query.is_cuda else lambda: None
     if backend == "triton":
-        from dinat_triton.kernels.tuning import architecture_of
+        from dinat_triton.kernels.configs import architecture_of
 
         architecture_of(inputs.query.device)
     attend = ops.prepare_ours(layer, inputs, backend)

@@ -26,10 +26,10 @@ import dinat_triton as dt
 from dinat_triton.bench import first_call, harness, models, ops, overhead
 from dinat_triton.bench.ceilings import measure_ceilings
 from dinat_triton.bench.harness import BACKWARD, FORWARD, Record
-from dinat_triton.bench.layer_run import FLOAT32_ERROR, errors, poisoned
 from dinat_triton.bench.ops import Bench, Cell, first_line, problem_of
 from dinat_triton.bench.peers import Problem
 from dinat_triton.layers import Layer, layers_of
+from dinat_triton.tuner.layer_run import FLOAT32_ERROR, errors, poisoned
 
 OURS = ops.OURS["cuda"]
 CHECKED = ("dinat_mini@224", "dinat_mini@384", "dinat_mini@coco", "dinat_large@224")

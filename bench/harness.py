@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from dinat_triton.tuned import cpu_name
+from dinat_triton.store import cpu_name
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent

@@ -87,7 +87,7 @@ Calls = dict[str, Callable[[], object]]
 
 def calls_of(problem: Problem, inputs: Inputs) -> tuple[Calls, Calls]:
     """The calls of each level, forward and backward."""
-    from dinat_triton.kernels import launch
+    from dinat_triton.kernels import attention
 
     window = functional.window_of(len(problem.shape), problem.kernel_size, 1, problem.dilation, False)
     qkv = [inputs.query, inputs.key, inputs.value]
@@ -99,20 +99,20 @@ def calls_of(problem: Problem, inputs: Inputs) -> tuple[Calls, Calls]:
     def module() -> Tensor:
         return modules.attend(packed, window, inputs.rpb, None, 0.0)
 
-    with recorded(launch, "forward") as of_forward, recorded(launch, "backward") as of_backward:
+    with recorded(attention, "forward") as of_forward, recorded(attention, "backward") as of_backward:
         out, from_packed = na2d(), module()
         torch.autograd.grad(out, inputs.leaves, inputs.grad_out, retain_graph=True)
     forward: Calls = {
         NA2D: na2d,
         MODULE: module,
         OP: lambda: ops.na(qkv, window, inputs.rpb, None, 0.0, False, "triton"),
-        LAUNCH: lambda: launch.forward(*of_forward[0]),
+        LAUNCH: lambda: attention.forward(*of_forward[0]),
     }
     leaves = (packed, inputs.rpb)
     backward: Calls = {
         NA2D: lambda: torch.autograd.grad(out, inputs.leaves, inputs.grad_out, retain_graph=True),
         MODULE: lambda: torch.autograd.grad(from_packed, leaves, inputs.grad_out, retain_graph=True),
-        LAUNCH: lambda: launch.backward(*of_backward[0]),
+        LAUNCH: lambda: attention.backward(*of_backward[0]),
     }
     return forward, backward
 

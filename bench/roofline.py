@@ -28,7 +28,7 @@ from dinat_triton.plan import Cost, Plan
 from dinat_triton.tiled import choose_tile
 
 if TYPE_CHECKING:
-    from dinat_triton.kernels.targets import Target
+    from dinat_triton.offline.targets import Target
 
 LIMITS = ("memory", "products", "exps")
 OURS = ("tiled", "triton", "triton graph")
@@ -168,8 +168,8 @@ def cpu_sweeps(layer: Layer, batch: int, pass_: str, dtype: torch.dtype = torch.
 
 def gpu_sweeps(layer: Layer, batch: int, pass_: str, dtype: torch.dtype, device: torch.device) -> list[Sweep]:
     """What the kernels run: one launch each."""
-    from dinat_triton.kernels.estimate import TRAFFIC
     from dinat_triton.kernels.schedule import Problem, has_closed_backward, schedule_of
+    from dinat_triton.offline.estimate import TRAFFIC
 
     sizes = (batch, layer.heads, layer.heads, layer.dim, layer.dim)
     problem = Problem(layer.geometry, *sizes, dtype, device, "ieee")
@@ -225,7 +225,7 @@ def as_if_on(target: Target | None):
     """Lets the backend plan for a GPU that is not there."""
     if target is None:
         return nullcontext()
-    from dinat_triton.kernels.inspect import recording
+    from dinat_triton.offline.inspect import recording
 
     return recording(target)
 

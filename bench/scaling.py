@@ -162,8 +162,8 @@ def cases(arch: str) -> list[Case]:
 
 def kernel_sweeps(layer: Layer, batch: int, arch: str) -> list[Sweep]:
     """The forward kernel's, without the index arrays that its launch would need."""
-    from dinat_triton.kernels.estimate import TRAFFIC
-    from dinat_triton.kernels.tuning import choose_config, choose_plan, padded
+    from dinat_triton.kernels.configs import choose_config, choose_plan, padded
+    from dinat_triton.offline.estimate import TRAFFIC
 
     itembytes = itemsize(arch)
     maps = batch * layer.heads
@@ -188,7 +188,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dinat_triton.kernels.targets import TARGETS
+    from dinat_triton.offline.targets import TARGETS
 
     check_names("architecture", [args.arch], TARGETS)
     check_outputs(file=args.json, folder=args.out)

@@ -111,9 +111,9 @@ def _no_bias(rpb: Tensor | None, like: Tensor) -> Tensor:
 def _module(backend: str) -> ModuleType:
     if backend == "tiled":
         return tiled
-    from dinat_triton.kernels import launch
+    from dinat_triton.kernels import attention
 
-    return launch
+    return attention
 
 
 class Fused(torch.autograd.Function):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from dinat_triton import bias, tuned
+from dinat_triton import bias, store
 from dinat_triton.dropout import keep_mask
 from dinat_triton.geometry import Geometry
 from dinat_triton.packing import unpack
@@ -268,7 +268,7 @@ def _choose_tile(
     geometry: Geometry, batch: int, heads: int, dtype: torch.dtype, device: str, threads: int
 ) -> tuple[int, ...]:
     entries = load_user_tiles() if device == "cpu" else {}
-    found = tuned.nearest(entries, tile_key(geometry, dtype, threads), batch * heads)
+    found = store.nearest(entries, tile_key(geometry, dtype, threads), batch * heads)
     return modelled_tiles(geometry, batch, heads)[0] if found is None else found
 
 
@@ -293,12 +293,12 @@ def tile_work(geometry: Geometry, batch: int, heads: int, tile: tuple[int, ...])
 
 def tile_key(geometry: Geometry, dtype: torch.dtype, threads: int) -> str:
     """What a tuned tile holds for, but for the number of maps."""
-    return f"{str(dtype).removeprefix('torch.')}/{threads}/{tuned.geometry_key(geometry)}"
+    return f"{str(dtype).removeprefix('torch.')}/{threads}/{store.geometry_key(geometry)}"
 
 
-def user_tiles() -> tuned.Table:
+def user_tiles() -> store.Table:
     """Where `dinat-triton tune` keeps the tiles of this CPU."""
-    return tuned.Table("tiles", tuned.cpu_name(), f"torch {torch.__version__}", SOURCES, tile_of)
+    return store.Table("tiles", store.cpu_name(), f"torch {torch.__version__}", SOURCES, tile_of)
 
 
 def tile_of(entry: Any) -> tuple[int, ...]:

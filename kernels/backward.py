@@ -12,7 +12,7 @@ dq and the bias, then tiles of keys, on the transposed plan, for dk and dv.
 import triton
 import triton.language as tl
 
-from dinat_triton.kernels.tiles import (
+from dinat_triton.kernels.primitives import (
     LOG2E,
     RUNTIME,
     dot,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from dinat_triton.kernels.tiles import (
+from dinat_triton.kernels.primitives import (
     LN2,
     LOG2E,
     RUNTIME,

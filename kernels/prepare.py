@@ -20,7 +20,9 @@ from dinat_triton.kernels.backward import (
     query_backward_kernel,
     sum_programs_kernel,
 )
+from dinat_triton.kernels.configs import padded
 from dinat_triton.kernels.forward import forward_kernel
+from dinat_triton.kernels.primitives import table_kernel
 from dinat_triton.kernels.schedule import (
     FUSION,
     Problem,
@@ -29,8 +31,6 @@ from dinat_triton.kernels.schedule import (
     problem_of,
     schedule_of,
 )
-from dinat_triton.kernels.tiles import table_kernel
-from dinat_triton.kernels.tuning import padded
 
 # Bytes that Triton takes the address of an aligned tensor to be a multiple of.
 ALIGNMENT = 16

@@ -10,8 +10,7 @@ import torch
 import triton
 
 from dinat_triton.geometry import Geometry
-from dinat_triton.kernels.layout import Layout, layout_of
-from dinat_triton.kernels.tuning import (
+from dinat_triton.kernels.configs import (
     ALL_REGISTERS,
     Architecture,
     architecture_of,
@@ -19,6 +18,7 @@ from dinat_triton.kernels.tuning import (
     choose_plan,
     padded,
 )
+from dinat_triton.kernels.layout import Layout, layout_of
 
 # Multiply and add in one instruction; what Triton does by default differs from version to version.
 FUSION = {"enable_fp_fusion": True}

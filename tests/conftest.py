@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinat_triton import dispatch, tuned
+from dinat_triton import dispatch, store
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -14,7 +14,7 @@ def _no_tuned_tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
     """What somebody tuned on this machine must not decide a test, and no test may write there."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("tuned")
-        patch.setenv(tuned.ENVIRONMENT, str(folder))
+        patch.setenv(store.ENVIRONMENT, str(folder))
         yield folder
 
 

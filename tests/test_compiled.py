@@ -11,8 +11,8 @@ import triton
 
 from dinat_triton.bench.gpu import check_layer
 from dinat_triton.bench.ops import problem_of
-from dinat_triton.kernels.targets import find_target
 from dinat_triton.layers import Layer, layers_of
+from dinat_triton.offline.targets import find_target
 from tests.oracles import sampling
 from tests.oracles.cases import check, check_narrow, make_case
 from tests.oracles.gpu import GPU, pretended

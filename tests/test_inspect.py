@@ -11,12 +11,12 @@ import torch
 import triton
 
 from dinat_triton import cli
-from dinat_triton.kernels import tuning
-from dinat_triton.kernels.estimate import estimate, record
-from dinat_triton.kernels.inspect import Code, Launch, Report, complaints, distinct, exchange, inspect, loop_lengths
-from dinat_triton.kernels.targets import TARGETS
-from dinat_triton.kernels.tuning import PASSES, Config, choose_config, load_table, rule
+from dinat_triton.kernels import configs
+from dinat_triton.kernels.configs import PASSES, Config, choose_config, load_table, rule
 from dinat_triton.layers import layers_of
+from dinat_triton.offline.estimate import estimate, record
+from dinat_triton.offline.inspect import Code, Launch, Report, complaints, distinct, exchange, inspect, loop_lengths
+from dinat_triton.offline.targets import TARGETS
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernels are interpreted")
 
@@ -125,7 +125,7 @@ def test_a_config_that_spills_is_reported(
     """From a planted table through to the exit code."""
     planted = Config(rows=64, one_chunk=64, warps=1, stages=1)
     (tmp_path / "sm_90.json").write_text(json.dumps({"configs": {"closed_backward/32/16": asdict(planted)}}))
-    monkeypatch.setattr(tuning, "TABLES", tmp_path)
+    monkeypatch.setattr(configs, "TABLES", tmp_path)
     arguments = ("--pass", "closed_backward", "--layers", "dinat_mini@224")
     try:
         for cache in (choose_config, load_table):

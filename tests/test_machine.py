@@ -9,7 +9,7 @@ import torch
 import triton
 
 import dinat_triton as dt
-from dinat_triton.kernels.targets import find_target
+from dinat_triton.offline.targets import find_target
 from tests.oracles import gpu, ptx
 from tests.oracles.ptx import Fault
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from triton.runtime import JITFunction
 
 from dinat_triton.geometry import Geometry
-from dinat_triton.kernels import launch, prepare
-from dinat_triton.kernels.targets import find_target
+from dinat_triton.kernels import attention, prepare
+from dinat_triton.offline.targets import find_target
 from tests.oracles.gpu import GPU, Launched, pretended
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernels are interpreted")
@@ -45,9 +45,9 @@ def step(geometry: Geometry, number: int = 0, dropout_p: float = 0.0, shift: int
     rpb = draw(2, *geometry.bias_shape)
     seed = torch.tensor([number]) if dropout_p else None
     qkv = [query, key, value]
-    out, lse = launch.forward(qkv, rpb, seed, geometry, 0.25, dropout_p, True)
+    out, lse = attention.forward(qkv, rpb, seed, geometry, 0.25, dropout_p, True)
     grads = [torch.empty_like(x) for x in qkv]
-    grad_rpb = launch.backward(qkv, rpb, seed, out, lse, grad_out, None, geometry, 0.25, dropout_p, grads)
+    grad_rpb = attention.backward(qkv, rpb, seed, out, lse, grad_out, None, geometry, 0.25, dropout_p, grads)
     return [out, lse, *grads, grad_rpb]
 
 
@@ -106,5 +106,5 @@ def test_tokens_that_lie_unevenly_are_copied() -> None:
     for stride in ((1152, 288, 24, 8, 1), (576, 144, 24, 1, 3)):
         with pytest.raises(ValueError, match=r"tokens must lie evenly in memory, got shape \(2, 4, 6, 3, 8\)"):
             prepare.strides_of((shape, stride))
-    assert launch._even(torch.zeros(2, 8, 6, 3, 8)[:, ::2]).is_contiguous()
-    assert launch._even(x := torch.zeros(2, 4, 6, 3, 3, 8)[..., 1, :, :]) is x
+    assert attention._even(torch.zeros(2, 8, 6, 3, 8)[:, ::2]).is_contiguous()
+    assert attention._even(x := torch.zeros(2, 4, 6, 3, 3, 8)[..., 1, :, :]) is x

@@ -58,9 +58,9 @@ def _study(args: argparse.Namespace, arch: str, dtype: str, dim: int, pool: Proc
     import torch
     import triton
 
-    from dinat_triton.kernels import estimate, inspect
-    from dinat_triton.kernels.targets import find_target
     from dinat_triton.layers import layers_of
+    from dinat_triton.offline import estimate, inspect
+    from dinat_triton.offline.targets import find_target
 
     target, torch_dtype = find_target(arch), getattr(torch, dtype)
     layers = [(name, layer) for name in args.layers for layer in layers_of(name, dim)]

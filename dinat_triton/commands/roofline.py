@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
     from dinat_triton.bench.roofline import Results
-    from dinat_triton.kernels.targets import Target
+    from dinat_triton.offline.targets import Target
 
 LAYERS = "dinat_mini@224"
 
@@ -80,7 +80,7 @@ def choose_device(args: argparse.Namespace, results: Results | None) -> tuple[to
             if type_ and torch.device(type_).type != results.device_type:
                 raise ValueError(f"--{option} {getattr(args, option)} does not go with results of {results.device}")
     if args.arch is not None:
-        from dinat_triton.kernels.targets import find_target
+        from dinat_triton.offline.targets import find_target
 
         if args.device == "cpu":
             raise ValueError(f"--arch {args.arch} is a GPU's, and --device says cpu: leave one of them out")

@@ -43,7 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 1 if the budget was too small for a single layer."""
-    from dinat_triton.bench.tune import Budget
+    from dinat_triton.tuner.search import Budget
 
     budget = Budget(args.budget)
     parts = parts_of(args)
@@ -70,7 +70,7 @@ class Part:
 def parts_of(args: argparse.Namespace) -> list[Part]:
     """What there is to do, after all arguments were checked."""
     from dinat_triton.bench.selection import check_names, find_layers, split
-    from dinat_triton.bench.tune import Work, merged
+    from dinat_triton.tuner.search import Work, merged
 
     for name in ("jobs", "batch"):
         value = getattr(args, name)
@@ -138,15 +138,16 @@ def _check_export(args: argparse.Namespace, kernels: Sequence[str]) -> None:
 def _tune_kernels(args: argparse.Namespace, part: Part, budget: Any) -> bool:
     import torch
 
-    from dinat_triton.bench import tune_kernels
-    from dinat_triton.kernels import prepare, targets, tuning
+    from dinat_triton.kernels import configs, prepare
+    from dinat_triton.offline import targets
+    from dinat_triton.tuner import configs as tune_kernels
 
     measured = part.what == "cuda"
     dtype = getattr(torch, part.dtype)
     options = {"general": part.whole, "jobs": args.jobs}
     if measured:
         device = torch.device("cuda", torch.cuda.current_device())
-        architecture = tuning.architecture_of(device)
+        architecture = configs.architecture_of(device)
         arch, name, source = architecture.name, architecture.device, f"measured on {architecture.device}"
         how = "measured here, every config checked against float64"
     else:
@@ -154,7 +155,7 @@ def _tune_kernels(args: argparse.Namespace, part: Part, budget: Any) -> bool:
         arch = name = part.what
         source = "offline inspection"
         how = f"MODELLED after the {target.gpu}: no GPU was used, and no result checked"
-    table = tuning.user_table(name)
+    table = configs.user_table(name)
     if not args.dry_run:
         table.check_writable()
     print(f"{arch}, {part.dtype}, head dim {part.dim}: {how}.", flush=True)
@@ -169,10 +170,10 @@ def _tune_kernels(args: argparse.Namespace, part: Part, budget: Any) -> bool:
     about = {"source": source, "versions": versions, "date": _today()}
     if found.entries:
         _written(table.update(found.entries, **about))
-        tuning.forget_tables()
+        configs.forget_tables()
         prepare.forget()
     if args.export is not None:
-        _export(args.export, arch, tune_kernels.shipped(tuning.load_user_table(name)), about, measured)
+        _export(args.export, arch, tune_kernels.shipped(configs.load_user_table(name)), about, measured)
     return bool(found.rows)
 
 
@@ -199,12 +200,12 @@ def kernel_report(found: Any, part: Part) -> str:
 
 def _export(path: Path, arch: str, entries: Mapping[str, Any], about: Mapping[str, Any], measured: bool) -> None:
     """Writes a table as it ships; in a folder under the architecture's name, and those of its like."""
-    from dinat_triton import tuned
-    from dinat_triton.bench.tune_kernels import ALIKE
+    from dinat_triton import store
+    from dinat_triton.tuner.configs import ALIKE
 
     names = [arch] if measured else [arch, *ALIKE.get(arch, ())]
     for file in [path / f"{name}.json" for name in names] if path.is_dir() else [path]:
-        file.write_text(tuned.dump(about, "configs", entries), encoding="utf-8")
+        file.write_text(store.dump(about, "configs", entries), encoding="utf-8")
         _written(file)
 
 
@@ -214,15 +215,15 @@ def _export(path: Path, arch: str, entries: Mapping[str, Any], about: Mapping[st
 def _tune_tiles(args: argparse.Namespace, part: Part, budget: Any) -> bool:
     import torch
 
-    from dinat_triton import tiled, tuned
-    from dinat_triton.bench import tune_tiles
+    from dinat_triton import store, tiled
+    from dinat_triton.tuner import tiles as tune_tiles
 
     table = tiled.user_tiles()
     if not args.dry_run:
         table.check_writable()
     threads = torch.get_num_threads()
     print(
-        f"{tuned.cpu_name()}, {threads} threads, {part.dtype}, head dim {part.dim}: tiles of the `tiled` backend, "
+        f"{store.cpu_name()}, {threads} threads, {part.dtype}, head dim {part.dim}: tiles of the `tiled` backend, "
         "measured here, every tile checked against float64.",
         flush=True,
     )
@@ -231,7 +232,7 @@ def _tune_tiles(args: argparse.Namespace, part: Part, budget: Any) -> bool:
     print(tune_tiles.report_on_model(found.samples) + "\n")
     if found.entries and not args.dry_run:
         about = {
-            "source": f"measured on {tuned.cpu_name()}",
+            "source": f"measured on {store.cpu_name()}",
             "versions": {"torch": torch.__version__},
             "date": _today(),
         }

@@ -13,8 +13,8 @@ import triton
 from triton.compiler import ASTSource
 
 from dinat_triton.bench import ceilings, exps, harness
-from dinat_triton.kernels import inspect
-from dinat_triton.kernels.targets import TARGETS, find_target
+from dinat_triton.offline import inspect
+from dinat_triton.offline.targets import TARGETS, find_target
 
 compiled = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernels are interpreted")
 

@@ -17,8 +17,8 @@ from dinat_triton import cli
 from dinat_triton.bench import ceilings, figures, harness, outputs, roofline, selection
 from dinat_triton.bench.harness import BACKWARD, FORWARD, FORWARD_BACKWARD, Record, Timing
 from dinat_triton.bench.roofline import NEEDED, Point, Results
-from dinat_triton.kernels.estimate import TRAFFIC
-from dinat_triton.kernels.targets import find_target
+from dinat_triton.offline.estimate import TRAFFIC
+from dinat_triton.offline.targets import find_target
 from dinat_triton.plan import Plan
 from dinat_triton.tiled import choose_tile
 

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from dinat_triton.bench.tune import Budget, Race, Rejection, Work, combined, merged, race, shortlist
 from dinat_triton.layers import Layer
+from dinat_triton.tuner.search import Budget, Race, Rejection, Work, combined, merged, race, shortlist
 
 FOREVER = 1e6
 

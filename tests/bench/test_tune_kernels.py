@@ -13,16 +13,16 @@ import pytest
 import torch
 import triton
 
-from dinat_triton import tuned
-from dinat_triton.bench import tune_kernels
-from dinat_triton.bench.tune import Budget, Rejection, Work
-from dinat_triton.bench.tune_kernels import Configs, Found, Model, Search, candidates, target_of
+from dinat_triton import store
 from dinat_triton.commands.tune import Part, kernel_report
-from dinat_triton.kernels import schedule, tuning
-from dinat_triton.kernels.inspect import Launch, Report
-from dinat_triton.kernels.targets import TARGETS
-from dinat_triton.kernels.tuning import Architecture, Config, plan_cost, rule
+from dinat_triton.kernels import configs, schedule
+from dinat_triton.kernels.configs import Architecture, Config, plan_cost, rule
 from dinat_triton.layers import Layer
+from dinat_triton.offline.inspect import Launch, Report
+from dinat_triton.offline.targets import TARGETS
+from dinat_triton.tuner import configs as tune_kernels
+from dinat_triton.tuner.configs import Configs, Found, Model, Search, candidates, target_of
+from dinat_triton.tuner.search import Budget, Rejection, Work
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernels are interpreted")
 
@@ -34,13 +34,13 @@ SLIDING = Work(Layer("14x14-d1", (14, 14), 2, (1, 1)), 2, weight=3)
 @pytest.fixture(autouse=True)
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Few configs, no tables but the rule."""
-    monkeypatch.setattr(tuning, "TABLES", tmp_path / "none")
-    monkeypatch.setenv(tuned.ENVIRONMENT, str(tmp_path / "cache"))
+    monkeypatch.setattr(configs, "TABLES", tmp_path / "none")
+    monkeypatch.setenv(store.ENVIRONMENT, str(tmp_path / "cache"))
     monkeypatch.setattr(tune_kernels, "CHUNKS", (32, 64))
     monkeypatch.setattr(tune_kernels, "ONE_CHUNKS", (64,))
-    tuning.forget_tables()
+    configs.forget_tables()
     yield
-    tuning.forget_tables()
+    configs.forget_tables()
 
 
 def report_of(launch: Launch, **changed: object) -> Report:
@@ -88,7 +88,7 @@ def search(
 def test_plans_that_cost_too_much_are_no_candidates(name: str) -> None:
     geometry = SLIDING.layer.geometry
     found = candidates(name, [SLIDING], 16, 32)
-    costs = [plan_cost(tuning.choose_plan(geometry, c, 64, name == "key_backward"), 64) for c in found]
+    costs = [plan_cost(configs.choose_plan(geometry, c, 64, name == "key_backward"), 64) for c in found]
     assert costs == sorted(costs)
     assert costs[-1] <= tune_kernels.MOST_COST * costs[0]
     assert len(found) == len(set(found)) > 8
@@ -169,7 +169,7 @@ def test_what_does_not_compile_is_dropped() -> None:
 
 
 def entry_of(found: Found, name: str, work: Work | None = None) -> dict[str, int] | None:
-    own = "" if work is None else f"/{tuned.geometry_key(work.layer.geometry)}/{work.maps}"
+    own = "" if work is None else f"/{store.geometry_key(work.layer.geometry)}/{work.maps}"
     return found.entries[f"{name}/32/16{own}"]
 
 
@@ -237,8 +237,8 @@ def test_passes_that_a_layer_does_not_have_are_not_tuned() -> None:
 
 
 def test_what_is_in_use_and_must_not_ship_is_named() -> None:
-    tuning.user_table("sm_90").update({"forward/32/16": asdict(Config(warps=2))})
-    tuning.forget_tables()
+    configs.user_table("sm_90").update({"forward/32/16": asdict(Config(warps=2))})
+    configs.forget_tables()
     judge = compiler(lambda launch: {"complaints": ["spills"] * (launch.options["num_warps"] == 2)})
     found = search([DENSE], submit=judge)
     assert any("forward Config(" in each and "which is in use: spills" in each for each in found.wrong)
@@ -320,18 +320,18 @@ def test_gpus_that_the_model_does_not_know() -> None:
 PLANTED = """
 import time
 import torch
-from dinat_triton.bench.layer_run import LayerRun
-from dinat_triton.bench.tune import Budget, Rejection, race
-from dinat_triton.bench.tune_kernels import PASSES, Clock
-from dinat_triton.kernels import launch, schedule
-from dinat_triton.kernels.tuning import Config, rule
+from dinat_triton.tuner.layer_run import LayerRun
+from dinat_triton.tuner.search import Budget, Rejection, race
+from dinat_triton.tuner.configs import PASSES, Clock
+from dinat_triton.kernels import attention, schedule
+from dinat_triton.kernels.configs import Config, rule
 from dinat_triton.layers import Layer
 
 start = {name: rule(name, 32, 32) for name in PASSES}
 clock = Clock(LayerRun(Layer("9x8", (9, 8), 1, (1, 1)), 1, torch.float32, torch.device("cpu"), "triton"))
 clock.run.seconds = lambda backward: (lambda t: (clock.run.forward(), time.perf_counter() - t)[1])(time.perf_counter())
 rows = {rows: Config(rows=rows, chunk=32, one_chunk=32, stages=1) for rows in (16, 32, 64, 128)}
-forward = launch.forward
+forward = attention.forward
 
 def planted(*args, **options):
     out, lse = forward(*args, **options)
@@ -345,7 +345,7 @@ def planted(*args, **options):
         time.sleep(1)
     return out, lse
 
-launch.forward = planted
+attention.forward = planted
 score = lambda config: clock.score("forward", start | {"forward": config})
 found = race([rows[32], rows[64], rows[128], rows[16]], score, Budget(1e6), 3)
 assert found.winner(rows[32]) == rows[16], found

@@ -9,15 +9,15 @@ import pytest
 import torch
 import triton
 
-from dinat_triton import cli, tiled, tuned
-from dinat_triton.bench import tune_kernels
-from dinat_triton.bench.layer_run import LayerRun
-from dinat_triton.bench.tune import Budget, Work
-from dinat_triton.bench.tune_tiles import CONSTANTS, Clock, Sample, fit, losses, report_on_model, tune_tiles
-from dinat_triton.kernels import tuning
-from dinat_triton.kernels.targets import TARGETS
-from dinat_triton.kernels.tuning import Config, rule
+from dinat_triton import cli, store, tiled
+from dinat_triton.kernels import configs
+from dinat_triton.kernels.configs import Config, rule
 from dinat_triton.layers import Layer, layers_of
+from dinat_triton.offline.targets import TARGETS
+from dinat_triton.tuner import configs as tune_kernels
+from dinat_triton.tuner.layer_run import LayerRun
+from dinat_triton.tuner.search import Budget, Work
+from dinat_triton.tuner.tiles import CONSTANTS, Clock, Sample, fit, losses, report_on_model, tune_tiles
 
 WORK = Work(Layer("24x24-d1", (24, 24), 4, (1, 1)), 1)
 RANKED = tiled.modelled_tiles(WORK.layer.geometry, 1, 4)
@@ -27,11 +27,11 @@ compiles = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernel
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv(tuned.ENVIRONMENT, str(tmp_path / "cache"))
-    for forget in (tuning.forget_tables, tiled.forget_tiles):
+    monkeypatch.setenv(store.ENVIRONMENT, str(tmp_path / "cache"))
+    for forget in (configs.forget_tables, tiled.forget_tiles):
         forget()
     yield tmp_path / "cache"
-    for forget in (tuning.forget_tables, tiled.forget_tiles):
+    for forget in (configs.forget_tables, tiled.forget_tiles):
         forget()
 
 
@@ -189,16 +189,16 @@ def planted_search(monkeypatch: pytest.MonkeyPatch) -> dict[str, Config]:
 
 
 def test_a_modelled_gpu_says_so_and_is_used(planted_search: dict, capsys: pytest.CaptureFixture) -> None:
-    assert tuning.choose_config("forward", 32, 16, "sm_100") != Config(rows=16)
+    assert configs.choose_config("forward", 32, 16, "sm_100") != Config(rows=16)
     assert run("--arch", "sm_100") == 0
     shown = capsys.readouterr().out
     assert "MODELLED" in shown
     assert "no GPU was used, and no result checked" in shown
     assert "2.000x as fast as before" in shown
     # This process uses it at once.
-    assert tuning.choose_config("forward", 32, 16, "sm_100") == Config(rows=16)
+    assert configs.choose_config("forward", 32, 16, "sm_100") == Config(rows=16)
     geometry = layers_of("dinat_mini@224")[-1].geometry
-    assert tuning.choose_config("forward", 32, 16, "sm_100", "", geometry, 256) == Config(rows=32)
+    assert configs.choose_config("forward", 32, 16, "sm_100", "", geometry, 256) == Config(rows=32)
 
 
 def test_an_export_ships(planted_search: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,11 +213,11 @@ def test_an_export_ships(planted_search: dict, tmp_path: Path, monkeypatch: pyte
     assert data["date"]
     # What only says what the rule says is left out.
     assert set(data["configs"]) == set(planted_search) - {"key_backward/32/16"}
-    monkeypatch.setattr(tuning, "TABLES", folder)
-    monkeypatch.setenv(tuned.ENVIRONMENT, str(tmp_path / "nobody"))
-    tuning.forget_tables()
-    assert tuning.load_table("sm_89") == {key: planted_search[key] for key in data["configs"]}
-    assert tuning.choose_config("forward", 32, 16, "sm_89") == Config(rows=16)
+    monkeypatch.setattr(configs, "TABLES", folder)
+    monkeypatch.setenv(store.ENVIRONMENT, str(tmp_path / "nobody"))
+    configs.forget_tables()
+    assert configs.load_table("sm_89") == {key: planted_search[key] for key in data["configs"]}
+    assert configs.choose_config("forward", 32, 16, "sm_89") == Config(rows=16)
     assert run("--arch", "sm_90", "--export", str(tmp_path / "one.json")) == 0
     assert json.loads((tmp_path / "one.json").read_text())["configs"] == data["configs"]
 
@@ -277,12 +277,12 @@ def test_an_unwritable_cache_is_said_before_anything_is_tuned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(tuned.ENVIRONMENT, str(tmp_path / "file" / "cache"))
+    monkeypatch.setenv(store.ENVIRONMENT, str(tmp_path / "file" / "cache"))
     for arguments in (["--device", "cpu"], ["--arch", "sm_90"]):
         assert run(*arguments) == 2
         captured = capsys.readouterr()
         assert "cannot be written: " in captured.err
-        assert tuned.ENVIRONMENT in captured.err
+        assert store.ENVIRONMENT in captured.err
         assert captured.out == ""
 
 

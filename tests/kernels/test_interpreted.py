@@ -121,14 +121,14 @@ def test_strided_inputs_and_gradients() -> None:
 
 def test_a_large_batch_is_split_and_a_small_one_walks_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """However work is shared out among programs, the result is the same."""
-    from dinat_triton.kernels import prepare, schedule, tuning
+    from dinat_triton.kernels import configs, prepare, schedule
 
     sample = sampling.Sample((6, 12), (3, 3), (2, 2), (1, 1), (False, False))
     case = make_case(sample, random.Random(5), heads=2, batch=5, biased=True)
     grids = set()
     for programs in (1, 6, 1000):
         prepare.forget()
-        config = tuning.Config(programs=programs)
+        config = configs.Config(programs=programs)
         monkeypatch.setattr(schedule, "choose_config", lambda *_, c=config: c)
         check(case)
         sizes = (dt.Geometry((6, 12), (3,), (2,)), 5, 2, 2, 8, 8)

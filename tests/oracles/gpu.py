@@ -16,7 +16,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import JITFunction, driver
 
 from dinat_triton.kernels import prepare, schedule, support
-from dinat_triton.kernels.targets import Target
+from dinat_triton.offline.targets import Target
 from tests.oracles import ptx
 from tests.oracles.ptx.language import Instruction
 

@@ -16,9 +16,9 @@ import torch
 
 from dinat_triton import tiled
 from dinat_triton.bench.harness import geometric_mean
-from dinat_triton.bench.layer_run import LayerRun
-from dinat_triton.bench.tune import Budget, Race, Rejection, Work, race
 from dinat_triton.progress import ProgressBar
+from dinat_triton.tuner.layer_run import LayerRun
+from dinat_triton.tuner.search import Budget, Race, Rejection, Work, race
 
 Tile = tuple[int, ...]
 # Tiles that are timed, and bursts of each.

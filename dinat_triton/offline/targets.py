@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from triton.backends.compiler import GPUTarget
 
-from dinat_triton.kernels.tuning import Architecture
+from dinat_triton.kernels.configs import Architecture
 
 KIB, GIGA, TERA = 1 << 10, 1e9, 1e12
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinat_triton import tuned
+from dinat_triton import store
 from dinat_triton.geometry import Geometry
-from dinat_triton.kernels import tuning
-from dinat_triton.kernels.targets import TARGETS
-from dinat_triton.kernels.tuning import PASSES, Config, choose_config, forget_tables, rule, user_table
+from dinat_triton.kernels import configs
+from dinat_triton.kernels.configs import PASSES, Config, choose_config, forget_tables, rule, user_table
 from dinat_triton.layers import SETTINGS, layers_of
+from dinat_triton.offline.targets import TARGETS
 
-TABLES = sorted(tuning.TABLES.glob("*.json"))
+TABLES = sorted(configs.TABLES.glob("*.json"))
 GEOMETRY = Geometry((56, 56), (7,), (8,))
 OTHER = Geometry((56, 56), (7,), (1,))
 
@@ -24,8 +24,8 @@ OTHER = Geometry((56, 56), (7,), (1,))
 @pytest.fixture
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder in place of the shipped tables, and another in place of the user's."""
-    monkeypatch.setattr(tuning, "TABLES", tmp_path)
-    monkeypatch.setenv(tuned.ENVIRONMENT, str(tmp_path / "user"))
+    monkeypatch.setattr(configs, "TABLES", tmp_path)
+    monkeypatch.setenv(store.ENVIRONMENT, str(tmp_path / "user"))
     forget_tables()
     yield tmp_path
     forget_tables()
@@ -126,20 +126,20 @@ def test_nonsense_in_a_user_table_is_ignored(entry: object, tables: Path) -> Non
 
 def test_other_kernels_make_a_user_table_stale(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write("Some GPU", {"forward/32/16": 512})
-    monkeypatch.setattr(tuning.triton, "__version__", "3.5.0")
+    monkeypatch.setattr(configs.triton, "__version__", "3.5.0")
     with pytest.warns(UserWarning, match="it was made for compiler .*, not 'triton 3.5.0'"):
         assert choose_config("forward", 32, 16, "sm_77", "Some GPU") == rule("forward", 32, 16)
 
 
 def test_the_sources_of_the_kernels_exist() -> None:
-    assert {"plan.py", "kernels/forward.py", "kernels/backward.py", "kernels/schedule.py"} <= set(tuning.SOURCES)
-    assert all((tuned.PACKAGE / name).is_file() for name in tuning.SOURCES)
+    assert {"plan.py", "kernels/forward.py", "kernels/backward.py", "kernels/schedule.py"} <= set(configs.SOURCES)
+    assert all((store.PACKAGE / name).is_file() for name in configs.SOURCES)
 
 
 def test_launches_ask_for_their_own_config(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare = pytest.importorskip("dinat_triton.kernels.prepare")
     schedule = pytest.importorskip("dinat_triton.kernels.schedule")
-    architecture = tuning.Architecture("sm_77", 99 << 10, 20, "Some GPU")
+    architecture = configs.Architecture("sm_77", 99 << 10, 20, "Some GPU")
     write("Some GPU", {"forward/32/16/56x56-k7x7-d1x1/8": 16})
     monkeypatch.setattr(schedule, "architecture_of", lambda device: architecture)
     rows = {}
@@ -156,7 +156,7 @@ def test_registers_bind_the_compiler_of_nvidia(
     architecture: str, bound: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     schedule = pytest.importorskip("dinat_triton.kernels.schedule")
-    found = tuning.Architecture(architecture, 99 << 10, 20)
+    found = configs.Architecture(architecture, 99 << 10, 20)
     monkeypatch.setattr(schedule, "architecture_of", lambda device: found)
     sizes = (OTHER, 4, 2, 2, 32, 32, torch.bfloat16, torch.device("cpu"), "ieee")
     for config, expected in ((Config(registers=168), bound), (Config(), None)):
@@ -168,7 +168,7 @@ def test_a_choice_is_made_once(tables: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tables / "sm_77.json").write_text('{"configs": {}}')
     reads = []
     loads = json.loads
-    monkeypatch.setattr(tuning.json, "loads", lambda text: reads.append(text) or loads(text))
+    monkeypatch.setattr(configs.json, "loads", lambda text: reads.append(text) or loads(text))
     for _ in range(100):
         for name in PASSES:
             choose_config(name, 32, 16, "sm_77")
@@ -189,7 +189,7 @@ def test_shipped_tables_hold_only_what_differs_from_the_rule(path: Path) -> None
         assert int(dim) in (16, 32, 64, 128, 256)
         assert int(bits) in (16, 32)
         assert own or Config(**entry) != rule(name, int(dim), int(bits)), key
-        assert Config(**entry) == tuning.config_of(entry)
+        assert Config(**entry) == configs.config_of(entry)
 
 
 @pytest.mark.parametrize(

@@ -21,15 +21,15 @@ from unittest import mock
 import torch
 import triton
 
-from dinat_triton import tuned
-from dinat_triton.bench.layer_run import LayerRun
-from dinat_triton.bench.tune import LEAST_ROUNDS, ROUNDS, Budget, Race, Rejection, Work, combined, race, shortlist
+from dinat_triton import store
 from dinat_triton.kernels import prepare, schedule
-from dinat_triton.kernels.estimate import Step, estimate, record
-from dinat_triton.kernels.inspect import Launch, Report, inspect
-from dinat_triton.kernels.targets import TARGETS, Target
-from dinat_triton.kernels.tuning import Architecture, Config, choose_config, choose_plan, padded, plan_cost, rule
+from dinat_triton.kernels.configs import Architecture, Config, choose_config, choose_plan, padded, plan_cost, rule
+from dinat_triton.offline.estimate import Step, estimate, record
+from dinat_triton.offline.inspect import Launch, Report, inspect
+from dinat_triton.offline.targets import TARGETS, Target
 from dinat_triton.progress import ProgressBar
+from dinat_triton.tuner.layer_run import LayerRun
+from dinat_triton.tuner.search import LEAST_ROUNDS, ROUNDS, Budget, Race, Rejection, Work, combined, race, shortlist
 
 Configs = dict[str, Config]  # by pass
 # Whether tiles can be closed decides which kernels a backward runs at all, so that pass comes last.
@@ -466,7 +466,7 @@ class Search:
             config = finished.winner(default, self.rounds)
             own = config != default
             if own or general is not None:
-                own_key = f"{key}/{tuned.geometry_key(work.layer.geometry)}/{work.maps}"
+                own_key = f"{key}/{store.geometry_key(work.layer.geometry)}/{work.maps}"
                 found.entries[own_key] = asdict(config) if own else None
             if not self.clock_of and finished.rejected.get(now, NOT_COMPILED.reason) != NOT_COMPILED.reason:
                 found.wrong.append(f"{work.label} {name} {now}, which is in use: {finished.rejected[now]}")

@@ -25,8 +25,7 @@ import triton
 from triton.compiler import ASTSource
 from triton.runtime import driver
 
-from dinat_triton.kernels import launch as backend
-from dinat_triton.kernels import prepare, schedule
+from dinat_triton.kernels import attention, prepare, schedule
 from dinat_triton.kernels.backward import (
     closed_backward_kernel,
     fold_bias_kernel,
@@ -35,9 +34,9 @@ from dinat_triton.kernels.backward import (
     sum_programs_kernel,
 )
 from dinat_triton.kernels.forward import forward_kernel
-from dinat_triton.kernels.targets import Target
-from dinat_triton.kernels.tiles import table_kernel
+from dinat_triton.kernels.primitives import table_kernel
 from dinat_triton.layers import Layer
+from dinat_triton.offline.targets import Target
 
 # Those that multiply and compute exponentials, and those that only move numbers about.
 EXP_KERNELS = (forward_kernel, closed_backward_kernel, query_backward_kernel, key_backward_kernel)
@@ -139,9 +138,9 @@ def run_layer(layer: Layer, dtype: torch.dtype, batch: int, backward: bool = Tru
     qkv = torch.empty(batch, *layer.shape, 3, layer.heads, layer.dim, device="meta", dtype=dtype)
     rpb = torch.empty(layer.heads, *layer.geometry.bias_shape, device="meta", dtype=dtype)
     scale = layer.dim**-0.5
-    out, lse = backend.forward([qkv], rpb, None, layer.geometry, scale, 0.0, True)
+    out, lse = attention.forward([qkv], rpb, None, layer.geometry, scale, 0.0, True)
     if backward:
-        backend.backward([qkv], rpb, None, out, lse, out, None, layer.geometry, scale, 0.0, [torch.empty_like(qkv)])
+        attention.backward([qkv], rpb, None, out, lse, out, None, layer.geometry, scale, 0.0, [torch.empty_like(qkv)])
 
 
 def distinct(launches: Iterable[Launch]) -> list[Launch]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import triton
 
-from dinat_triton import tuned
+from dinat_triton import store
 from dinat_triton.geometry import Geometry
 from dinat_triton.plan import Plan, tile_candidates
 
@@ -27,7 +27,7 @@ TABLES = Path(__file__).parent / "tuned"
 # What decides how fast a config is.
 SOURCES = (
     "plan.py",
-    *(f"kernels/{name}.py" for name in ("forward", "backward", "tiles", "layout", "schedule", "tuning")),
+    *(f"kernels/{name}.py" for name in ("forward", "backward", "primitives", "layout", "schedule", "configs")),
 )
 PASSES = ("forward", "closed_backward", "query_backward", "key_backward")
 # One loaded token of one head weighs as much as this many scores per channel byte: the cache's bandwidth against the
@@ -126,7 +126,7 @@ def choose_config(
     """
     key = f"{name}/{dim}/{bits}"
     for table in (load_user_table(device), load_user_table(architecture), load_table(architecture)):
-        own = None if geometry is None else tuned.nearest(table, f"{key}/{tuned.geometry_key(geometry)}", maps)
+        own = None if geometry is None else store.nearest(table, f"{key}/{store.geometry_key(geometry)}", maps)
         found = own or table.get(key)
         if found is not None:
             return found
@@ -138,9 +138,9 @@ def config_of(entry: Any) -> Config:
     return Config(**entry)
 
 
-def user_table(device: str) -> tuned.Table:
+def user_table(device: str) -> store.Table:
     """Where `dinat-triton tune` keeps the configs of a device, or of an architecture that it only modelled."""
-    return tuned.Table("configs", device, f"triton {triton.__version__}", SOURCES, config_of)
+    return store.Table("configs", device, f"triton {triton.__version__}", SOURCES, config_of)
 
 
 @lru_cache
@@ -158,7 +158,7 @@ def load_table(architecture: str) -> dict[str, Config]:
     try:
         configs = json.loads(path.read_text())["configs"]
         return {key: config_of(entry) for key, entry in configs.items()}
-    except tuned.BROKEN as error:
+    except store.BROKEN as error:
         warnings.warn(f"ignoring the tuned table {path}: {error!r}; the general rule is used instead", stacklevel=2)
         return {}
 

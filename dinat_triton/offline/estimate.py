@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from dinat_triton.kernels.inspect import Launch, Report, recording, run_layer
+from dinat_triton.kernels.configs import PASSES
 from dinat_triton.kernels.schedule import Problem, Schedule, schedule_of
-from dinat_triton.kernels.targets import Target
-from dinat_triton.kernels.tuning import PASSES
 from dinat_triton.layers import Layer
+from dinat_triton.offline.inspect import Launch, Report, recording, run_layer
+from dinat_triton.offline.targets import Target
 
 # Cycles, much alike on all GPUs: a load that misses L1, one that hits it, a product or a softmax and what waits for it.
 LOAD, INDEX, COMPUTE = 700, 250, 250

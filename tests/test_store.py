@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from dinat_triton import tiled, tuned
+from dinat_triton import store, tiled
 from dinat_triton.geometry import Geometry
 
 GEOMETRY = Geometry((24, 24), (7,))
@@ -24,12 +24,12 @@ def number(entry: Any) -> int:
 
 
 @pytest.fixture
-def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuned.Table:
-    monkeypatch.setenv(tuned.ENVIRONMENT, str(tmp_path / "cache"))
-    return tuned.Table("numbers", "Some GPU (R)", "triton 3.6.0", ("plan.py", "kernels/forward.py"), number)
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> store.Table:
+    monkeypatch.setenv(store.ENVIRONMENT, str(tmp_path / "cache"))
+    return store.Table("numbers", "Some GPU (R)", "triton 3.6.0", ("plan.py", "kernels/forward.py"), number)
 
 
-def quiet(table: tuned.Table) -> dict[str, Any]:
+def quiet(table: store.Table) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return table.read()
@@ -38,7 +38,7 @@ def quiet(table: tuned.Table) -> dict[str, Any]:
 # What is written is read
 
 
-def test_what_one_table_writes_another_reads(table: tuned.Table) -> None:
+def test_what_one_table_writes_another_reads(table: store.Table) -> None:
     assert quiet(table) == {}
     path = table.update({"b": 2, "a": 1}, source="measured")
     assert quiet(replace(table)) == {"a": 1, "b": 2}
@@ -48,28 +48,28 @@ def test_what_one_table_writes_another_reads(table: tuned.Table) -> None:
     assert path.name == "numbers-some-gpu-r.json"
 
 
-def test_entries_are_merged_and_taken_out(table: tuned.Table) -> None:
+def test_entries_are_merged_and_taken_out(table: store.Table) -> None:
     table.update({"a": 1, "b": 2})
     table.update({"b": 3, "c": 4, "a": None, "never": None})
     assert quiet(table) == {"b": 3, "c": 4}
 
 
-def test_devices_do_not_share_a_file(table: tuned.Table) -> None:
+def test_devices_do_not_share_a_file(table: store.Table) -> None:
     other = replace(table, device="Another GPU")
     table.update({"a": 1})
     other.update({"a": 2})
     assert (quiet(table), quiet(other)) == ({"a": 1}, {"a": 2})
 
 
-def test_nothing_but_the_table_and_its_lock_is_left(table: tuned.Table) -> None:
+def test_nothing_but_the_table_and_its_lock_is_left(table: store.Table) -> None:
     path = table.update({"a": 1})
     assert {each.name for each in path.parent.iterdir()} == {path.name, path.with_suffix(".lock").name}
 
 
 WRITER = """
 import sys
-from dinat_triton import tuned
-table = tuned.Table("numbers", "Some GPU (R)", "triton 3.6.0", ("plan.py", "kernels/forward.py"), int)
+from dinat_triton import store
+table = store.Table("numbers", "Some GPU (R)", "triton 3.6.0", ("plan.py", "kernels/forward.py"), int)
 print("ready", flush=True)
 sys.stdin.readline()
 for n in range(40):
@@ -77,7 +77,7 @@ for n in range(40):
 """
 
 
-def test_processes_that_write_at_once_lose_nothing(table: tuned.Table) -> None:
+def test_processes_that_write_at_once_lose_nothing(table: store.Table) -> None:
     writers = [
         subprocess.Popen(
             [sys.executable, "-c", WRITER, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -114,7 +114,7 @@ def test_processes_that_write_at_once_lose_nothing(table: tuned.Table) -> None:
         "\udc80",
     ],
 )
-def test_garbage_is_named_and_ignored(text: str, table: tuned.Table) -> None:
+def test_garbage_is_named_and_ignored(text: str, table: store.Table) -> None:
     path = table.update({"a": 1})
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.warns(
@@ -125,7 +125,7 @@ def test_garbage_is_named_and_ignored(text: str, table: tuned.Table) -> None:
     assert quiet(table) == {"b": 2}
 
 
-def test_a_file_cut_short_anywhere_is_ignored(table: tuned.Table) -> None:
+def test_a_file_cut_short_anywhere_is_ignored(table: store.Table) -> None:
     path = table.update({f"entry {n}": n for n in range(3)})
     whole = path.read_text()
     for length in range(0, len(whole) - 2, 7):
@@ -135,7 +135,7 @@ def test_a_file_cut_short_anywhere_is_ignored(table: tuned.Table) -> None:
 
 
 @pytest.mark.parametrize("entries", [[], 3, {"a": "1"}, {"a": None}, {"a": 1, "b": {}}, {"a": True}])
-def test_entries_of_the_wrong_type_are_ignored_and_replaced(entries: Any, table: tuned.Table) -> None:
+def test_entries_of_the_wrong_type_are_ignored_and_replaced(entries: Any, table: store.Table) -> None:
     path = table.update({"z": 26})
     path.write_text(json.dumps(json.loads(path.read_text()) | {"numbers": entries}))
     with pytest.warns(UserWarning, match="ignoring"):
@@ -152,7 +152,7 @@ def test_entries_of_the_wrong_type_are_ignored_and_replaced(entries: Any, table:
         ({"device": "Some GPU-R"}, r"device 'Some GPU \(R\)', not 'Some GPU-R'"),
     ],
 )
-def test_a_stale_table_is_ignored_and_replaced(changed: dict, what: str, table: tuned.Table) -> None:
+def test_a_stale_table_is_ignored_and_replaced(changed: dict, what: str, table: store.Table) -> None:
     table.update({"a": 1})
     later = replace(table, **changed)
     assert later.path == table.path
@@ -163,38 +163,38 @@ def test_a_stale_table_is_ignored_and_replaced(changed: dict, what: str, table: 
 
 
 def test_the_stamp_follows_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuned, "PACKAGE", tmp_path)
+    monkeypatch.setattr(store, "PACKAGE", tmp_path)
     (tmp_path / "kernel.py").write_text("x = 1")
-    before = tuned.source_hash(("kernel.py",))
-    assert before == tuned.source_hash(("kernel.py",))
+    before = store.source_hash(("kernel.py",))
+    assert before == store.source_hash(("kernel.py",))
     (tmp_path / "kernel.py").write_text("x = 2")
-    assert before != tuned.source_hash(("kernel.py",))
+    assert before != store.source_hash(("kernel.py",))
 
 
 # Where there is no place for them
 
 
-def test_a_folder_that_cannot_be_written(table: tuned.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written(table: store.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv(tuned.ENVIRONMENT, str(tmp_path / "file" / "cache"))
+    monkeypatch.setenv(store.ENVIRONMENT, str(tmp_path / "file" / "cache"))
     assert quiet(table) == {}
     for write in (table.check_writable, lambda: table.update({"a": 1})):
         with pytest.raises(
-            RuntimeError, match=rf"tuned table .*{table.path.name} cannot be written.*{tuned.ENVIRONMENT}"
+            RuntimeError, match=rf"tuned table .*{table.path.name} cannot be written.*{store.ENVIRONMENT}"
         ):
             write()
 
 
-def test_a_write_that_fails_leaves_the_table_as_it_was(table: tuned.Table, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_leaves_the_table_as_it_was(table: store.Table, monkeypatch: pytest.MonkeyPatch) -> None:
     table.update({"a": 1})
-    monkeypatch.setattr(tuned.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(store.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(RuntimeError, match="disk full"):
         table.update({"b": 2})
     assert quiet(table) == {"a": 1}
 
 
-def test_no_home_is_no_problem_for_reading(table: tuned.Table, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (tuned.ENVIRONMENT, "XDG_CACHE_HOME"):
+def test_no_home_is_no_problem_for_reading(table: store.Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (store.ENVIRONMENT, "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(
         Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory."))
@@ -206,14 +206,14 @@ def test_no_home_is_no_problem_for_reading(table: tuned.Table, monkeypatch: pyte
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have other customs")
 def test_the_folder_follows_the_custom(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(tuned.ENVIRONMENT, "/named")
+    monkeypatch.setenv(store.ENVIRONMENT, "/named")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert tuned.cache_dir() == Path("/named")
-    monkeypatch.delenv(tuned.ENVIRONMENT)
-    assert tuned.cache_dir() == Path("/xdg/dinat-triton")
+    assert store.cache_dir() == Path("/named")
+    monkeypatch.delenv(store.ENVIRONMENT)
+    assert store.cache_dir() == Path("/xdg/dinat-triton")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/someone")
-    assert tuned.cache_dir() == Path("/someone/.cache/dinat-triton")
+    assert store.cache_dir() == Path("/someone/.cache/dinat-triton")
 
 
 # Keys
@@ -221,7 +221,7 @@ def test_the_folder_follows_the_custom(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_keys_tell_geometries_apart() -> None:
     keys = [
-        tuned.geometry_key(Geometry((24, 24), (7,), **options))
+        store.geometry_key(Geometry((24, 24), (7,), **options))
         for options in ({}, {"dilation": (3,)}, {"stride": (2,)}, {"is_causal": (True, False)}, {"dilation": (1, 3)})
     ]
     assert keys[0] == "24x24-k7x7-d1x1"
@@ -230,7 +230,7 @@ def test_keys_tell_geometries_apart() -> None:
 
 def test_the_nearest_number_of_maps_is_taken() -> None:
     entries = {"k/8": "eight", "k/64": "many", "k": "general", "k/x": "no number", "k2/16": "another key"}
-    found = {maps: tuned.nearest(entries, "k", maps) for maps in (1, 2, 8, 16, 30, 256, 257)}
+    found = {maps: store.nearest(entries, "k", maps) for maps in (1, 2, 8, 16, 30, 256, 257)}
     assert found == {1: None, 2: "eight", 8: "eight", 16: "eight", 30: "many", 256: "many", 257: None}
 
 
@@ -238,13 +238,13 @@ def test_the_nearest_number_of_maps_is_taken() -> None:
 
 
 @pytest.fixture
-def tiles(table: tuned.Table) -> tuned.Table:
+def tiles(table: store.Table) -> store.Table:
     tiled.forget_tiles()
     yield tiled.user_tiles()
     tiled.forget_tiles()
 
 
-def test_a_tuned_tile_goes_before_the_model(tiles: tuned.Table) -> None:
+def test_a_tuned_tile_goes_before_the_model(tiles: store.Table) -> None:
     modelled = tiled.choose_tile(GEOMETRY, 2, 4)
     own = (5, 3)
     assert own != modelled
@@ -260,7 +260,7 @@ def test_a_tuned_tile_goes_before_the_model(tiles: tuned.Table) -> None:
     torch.testing.assert_close(tuned_out, reference)
 
 
-def test_threads_have_tiles_of_their_own(tiles: tuned.Table, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_have_tiles_of_their_own(tiles: store.Table, monkeypatch: pytest.MonkeyPatch) -> None:
     tiles.update({f"{tiled.tile_key(GEOMETRY, torch.float32, 3)}/8": [5, 3]})
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert tiled.choose_tile(GEOMETRY, 2, 4) == (5, 3)
@@ -269,12 +269,12 @@ def test_threads_have_tiles_of_their_own(tiles: tuned.Table, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("entry", [3, [], [0, 1], [1.5], "4x4", [True], None])
-def test_what_is_no_tile_is_refused(entry: Any, tiles: tuned.Table) -> None:
+def test_what_is_no_tile_is_refused(entry: Any, tiles: store.Table) -> None:
     with pytest.raises(ValueError, match="list of positive integers"):
         tiled.tile_of(entry)
 
 
-def test_a_table_is_read_once(tiles: tuned.Table, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_is_read_once(tiles: store.Table, monkeypatch: pytest.MonkeyPatch) -> None:
     tiles.update({f"{tiled.tile_key(GEOMETRY, torch.float32, torch.get_num_threads())}/8": [5, 3]})
     reads = []
     read = Path.read_text
@@ -284,12 +284,12 @@ def test_a_table_is_read_once(tiles: tuned.Table, monkeypatch: pytest.MonkeyPatc
     assert [path.name for path in reads] == [tiles.path.name]
 
 
-def test_importing_reads_no_table(table: tuned.Table) -> None:
+def test_importing_reads_no_table(table: store.Table) -> None:
     code = (
         "import sys\n"
         "opened = []\n"
         "sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == 'open' else None)\n"
-        "import dinat_triton, dinat_triton.kernels.launch\n"
+        "import dinat_triton, dinat_triton.kernels.attention\n"
         "print([path for path in opened if path.endswith('.json') and 'tuned' in path or 'cpuinfo' in path])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,0 +1,1 @@
+"""The search for the fastest configs of the kernels, and tiles of the `tiled` backend."""
