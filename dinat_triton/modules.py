@@ -9,11 +9,24 @@ from dinat_triton.geometry import geometry_of, split_window
 
 
 @torch.fx.wrap
+def split_heads(qkv: Tensor, sizes: list[int]) -> Tensor:
+    """Packed channels as `[..., 3, heads, dim]`; refuses too few, which are not those of fewer heads."""
+    if qkv.shape[-1] != sizes[0] * sizes[1] * sizes[2]:
+        raise ValueError(
+            f"qkv must have 3 * {sizes[1]} heads * {sizes[2]} channels, got {qkv.shape[-1]}; "
+            f"dinat_triton.parallel.HeadwiseParallel splits them over processes, ColwiseParallel cannot"
+        )
+    return qkv.unflatten(-1, sizes)
+
+
+@torch.fx.wrap
 def attend(qkv: Tensor, window: list[int], rpb: Tensor | None, scale: float | None, dropout_p: float) -> Tensor:
     """Attends on a packed `[batch, *shape, 3, heads, dim]`."""
     if torch.jit.is_scripting():
         return torch.ops.dinat_triton.na([qkv], window, rpb, scale, dropout_p, False, None)[0]
     else:
+        if rpb is not None and hasattr(rpb, "to_local"):  # a DTensor: its local heads are those of qkv
+            rpb = rpb.to_local()
         return functional.attend([qkv], window, rpb, scale, dropout_p, False, None)[0]
 
 
@@ -85,6 +98,7 @@ class _NeighborhoodAttention(nn.Module):
         if not 0.0 <= attn_drop < 1.0:
             raise ValueError(f"attn_drop must be at least 0 and below 1, got {attn_drop}")
         self.num_heads, self.scale, self.attn_drop = num_heads, qk_scale, attn_drop
+        self.qkv_sizes = [3, num_heads, embed_dim // num_heads]
         self.window = window_of(self.rank, kernel_size, stride, dilation, is_causal)
         kernels, _, dilations, _ = split_window(self.window)
         self.span = [k * d for k, d in zip(kernels, dilations, strict=True)]
@@ -101,7 +115,7 @@ class _NeighborhoodAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         padded = pad_to_span(x, self.span)
-        qkv = self.qkv(padded).unflatten(-1, (3, self.num_heads, -1))
+        qkv = split_heads(self.qkv(padded), self.qkv_sizes)
         out = attend(qkv, self.window, self.rpb, self.scale, self.attn_drop if self.training else 0.0)
         return self.proj_drop(self.proj(crop_like(out.flatten(-2), x)))
 

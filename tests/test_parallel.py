@@ -1,0 +1,88 @@
+"""Tensor parallelism: two processes with half of the heads each against one process with all of them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.distributed import destroy_process_group, init_process_group
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.multiprocessing.spawn import start_processes
+
+import dinat_triton as dt
+from dinat_triton.parallel import HeadwiseParallel
+
+
+def whole(x: Tensor) -> Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def results(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The output and the gradients of everything that has one, each as a whole."""
+    x = x.clone().requires_grad_()
+    out = module(x)
+    out.sin().sum().backward()
+    gradients = {name: whole(parameter.grad) for name, parameter in module.named_parameters()}
+    return {"out": out.detach(), "x": x.grad, **gradients}
+
+
+def agree(make: Callable[[], nn.Module], x: Tensor, mesh: DeviceMesh, plan: dict) -> None:
+    expected, module = results(make(), x), make()
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    parallelize_module(module, mesh, plan)
+    for name, value in results(module, x).items():
+        torch.testing.assert_close(
+            value, expected[name], rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    for name, value in module.state_dict().items():
+        assert torch.equal(whole(value), state[name])
+
+
+def layer(rank: int = 2, **options) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        torch.manual_seed(1)
+        classes = {1: dt.NeighborhoodAttention1D, 2: dt.NeighborhoodAttention2D, 3: dt.NeighborhoodAttention3D}
+        return classes[rank](24, 4, 3, dilation=2, dtype=torch.float64, **options)
+
+    return make
+
+
+def model() -> nn.Module:
+    torch.manual_seed(1)
+    options = {"embed_dim": 32, "depths": (2, 1), "num_heads": (2, 4), "dilations": 2, "num_classes": 3}
+    return timm.create_model("dinat_mini", **options).double()
+
+
+def process(rank: int, store: str) -> None:
+    torch.set_num_threads(1)  # OpenMP's threads do not live on in a forked process
+    init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    x = torch.randn(2, 9, 5, 24, dtype=torch.float64)  # the second axis is shorter than the span, so it is padded
+    agree(layer(rel_pos_bias=True), x, mesh, {"": HeadwiseParallel()})
+    module = parallelize_module(layer(rel_pos_bias=True)(), mesh, {"": HeadwiseParallel()})
+    with CommDebugMode() as communication:
+        module(x)
+    assert communication.get_total_counts() == 1  # the sum of what the heads give
+    agree(layer(rank=1, qkv_bias=False), x[:, :, 0], mesh, {"": HeadwiseParallel()})
+    styles = {"attn": HeadwiseParallel(), "mlp.fc1": ColwiseParallel(), "mlp.fc2": RowwiseParallel()}
+    plan = {f"levels.*.blocks.*.{name}": style for name, style in styles.items()}
+    agree(model, torch.randn(2, 3, 40, 48, dtype=torch.float64), mesh, plan)
+
+    module = parallelize_module(layer()(), mesh, {"qkv": ColwiseParallel(), "proj": RowwiseParallel()})
+    module.num_heads //= 2  # as torch's tutorial says
+    with pytest.raises(ValueError, match=r"qkv must have 3 \* 4 heads \* 6 channels, got 36; .*HeadwiseParallel"):
+        module(x)
+    with pytest.raises(ValueError, match="the mesh's 2 processes must divide the module's 3 heads"):
+        parallelize_module(dt.NeighborhoodAttention2D(24, 3, 3), mesh, {"": HeadwiseParallel()})
+    destroy_process_group()
+
+
+def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
+    # Forked, because new processes would take longer to import torch and timm than for all else.
+    start_processes(process, (f"file://{tmp_path}/store",), nprocs=2, start_method="fork")
