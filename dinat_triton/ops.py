@@ -46,6 +46,10 @@ def _geometry(qkv: list[Tensor], window: list[int]) -> Geometry:
     return geometry_of(tuple(map(int, qkv[0].shape[1 : 1 + rank])), tuple(window))
 
 
+def _is_autocast_on(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def na(
     qkv: list[Tensor],
     window: list[int],
@@ -55,10 +59,11 @@ def na(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    device = qkv[0].device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if _is_autocast_on(device := qkv[0].device.type):
         low = torch.get_autocast_dtype(device)
         qkv = [x if x.dtype == torch.float64 else x.to(low) for x in qkv]
+        with torch.autocast(device, enabled=False):  # it must not round what is computed from these
+            return na(qkv, window, rpb, scale, dropout_p, return_lse, backend)
     query, key, value = unpack(qkv)
     check_tensors(query, key, value)
     check_scale(scale)
@@ -90,6 +95,9 @@ def _fused_fake(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend):
 
 
 def _fused_backward(qkv, rpb, seed, out, lse, grad_out, grad_lse, window, scale, dropout_p, backend):
+    if _is_autocast_on(device := out.device.type):  # the backward's, whatever was on in the forward
+        with torch.autocast(device, enabled=False):
+            return _fused_backward(qkv, rpb, seed, out, lse, grad_out, grad_lse, window, scale, dropout_p, backend)
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in qkv]
     if qkv[0].numel() == 0:
         return grads, _no_bias(rpb, out).zero_()

@@ -1,13 +1,13 @@
 """Neighborhood attention as it is defined: gather each query's keys, then softmax attention over them.
 
-Plain differentiable torch in any floating dtype: twice differentiable, forward mode too. Every other backend is checked
-against this one. Memory grows with tokens * window.
+Plain differentiable torch in any floating dtype, computed in float32 or wider: twice differentiable, forward mode too.
+Every other backend is checked against this one. Memory grows with tokens * window.
 """
 
 from __future__ import annotations
 
 import torch
-from einops import einsum, repeat
+from einops import rearrange, repeat
 from torch import Tensor
 
 from dinat_triton.dropout import keep_mask
@@ -25,8 +25,9 @@ def attention(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """Attends; tensors are `[batch, *shape, heads, dim]`. Returns the output and the log-sum-exp of the logits."""
-    q, k, v = (x.flatten(1, -3) for x in (query, key, value))
-    heads, device = q.shape[2], q.device
+    wide, device = accumulator(query.dtype), query.device
+    q, k, v = (x.flatten(1, -3).to(wide) for x in (query, key, value))
+    heads = q.shape[2]
     tokens, offsets = (torch.as_tensor(index, device=device) for index in geometry.neighbors())
     seen = tokens >= 0
     # A causal window can be shorter than the rest: its empty places repeat the query's own token, which it always sees,
@@ -35,21 +36,22 @@ def attention(
     tokens = torch.where(seen, tokens, own)
 
     keys, values = (repeat(x, "b n h d -> b n (h g) d", g=heads // x.shape[2])[:, tokens] for x in (k, v))
-    logits = einsum(q * scale, keys, "b n h d, b n m h d -> b h n m").to(accumulator(q.dtype))
+    # Products and sums, because autocast would round matrix products, those of the backward too.
+    logits = (scale * q[:, :, None] * keys).sum(-1)  # [batch, query, key, head]
     if rpb is not None:
-        logits = logits + rpb.flatten(1)[:, offsets]
-    logits = logits.masked_fill(~seen, -torch.inf)
+        logits = logits + rearrange(rpb.to(wide).flatten(1)[:, offsets], "h n m -> n m h")
+    logits = logits.masked_fill(~seen[..., None], -torch.inf)
 
-    probabilities = logits.softmax(-1)
+    probabilities = logits.softmax(2)
     if seed is not None:
-        batch_head = torch.arange(logits.shape[0] * heads, device=device).view(-1, heads, 1, 1)
-        keep = keep_mask(seed, dropout_p, tokens, own, batch_head)
+        batch_head = torch.arange(len(q) * heads, device=device).view(-1, 1, 1, heads)
+        keep = keep_mask(seed, dropout_p, tokens[..., None], own[..., None], batch_head)
         probabilities = probabilities * keep / (1 - dropout_p)
-    out = einsum(probabilities.to(v.dtype), values, "b h n m, b n m h d -> b n h d")
-    lse = logits.logsumexp(-1).transpose(1, 2)
+    out = (probabilities[..., None] * values).sum(2).to(value.dtype)
+    lse = logits.logsumexp(2)
     return out.unflatten(1, geometry.shape), lse.unflatten(1, geometry.shape)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logits and log-sum-exps."""
+    """The dtype to compute in, and that of log-sum-exps."""
     return torch.promote_types(dtype, torch.float32)

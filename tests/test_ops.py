@@ -170,6 +170,32 @@ def test_autocast_computes_low_and_returns_gradients_in_the_inputs_dtype(backend
         assert dt.na2d(*(x.double() for x in (query, key, value)), 3, backend=backend).dtype == torch.float64
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernel", [3, 7])  # some tiles of the map, and one that is all of it
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_autocast_casts_the_inputs_and_nothing_else(
+    backend: str, dtype: torch.dtype, kernel: int, dropout_p: float
+) -> None:
+    leaves = [6 * torch.randn(2, 7, 7, 2, 8) for _ in range(3)]  # logits beyond 60
+    leaves = [x.requires_grad_() for x in (*leaves, torch.randn(2, 2 * kernel - 1, 2 * kernel - 1))]
+
+    def attend(*qkv: Tensor) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(1)
+        return dt.na2d(*qkv, kernel, rpb=leaves[3], dropout_p=dropout_p, return_lse=True, backend=backend)
+
+    expected = gradients(lambda: attend(*(x.to(dtype) for x in leaves[:3])), leaves)
+    with torch.autocast("cpu", dtype):
+        within = gradients(lambda: attend(*leaves[:3]), leaves)
+        with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+            nested = gradients(lambda: attend(*(x.to(dtype) for x in leaves[:3])), leaves)
+        out, lse = attend(*leaves[:3])
+    after = gradients(lambda: (out, lse), leaves)
+    for found in (within, nested, after):
+        assert [x.dtype for x in found] == [dtype, *[torch.float32] * 5]
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_a_default_device_does_not_reach_the_plans() -> None:
     x = torch.randn(1, 13, 11, 1, 4)
     with torch.device("meta"):

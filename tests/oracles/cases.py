@@ -61,9 +61,11 @@ def check(case: Case, dtype: torch.dtype = torch.float32, tolerance: float = 1e-
 
 
 def check_narrow(case: Case, dtype: torch.dtype) -> None:
-    """No error is more than twice that of the reference in the same dtype."""
+    """Every error is at most 2 eps of the dtype; that of the log-sum-exp, which is float32, as in float32."""
     case.leaves = [x.to(dtype).double() for x in case.leaves]  # what rounding the inputs costs is not ours
-    exact, eager, ours = case.run("reference", torch.float64), case.run("reference", dtype), case.run("triton", dtype)
-    for name, value in exact.items():
-        error, allowed = ((x[name].double() - value).norm() / value.norm() for x in (ours, eager))
-        assert error < 2 * allowed + 1e-6, f"{name}: {error:.1e} against {allowed:.1e} on {case.sample}"
+    case.grad_out = case.grad_out.to(dtype).double()
+    exact = case.run("reference", torch.float64)
+    for name, value in case.run("triton", dtype).items():
+        error = (value.double() - exact[name]).norm() / exact[name].norm()
+        allowed = 1e-5 if name == "lse" else 2 * torch.finfo(dtype).eps
+        assert error < allowed, f"{name}: {error:.1e} against {allowed:.1e} on {case.sample}"
