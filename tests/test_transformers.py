@@ -1,5 +1,6 @@
 """transformers' DiNAT on this package's attention: the contract of its classes, what is built on them, and `enable`."""
 
+import copy
 import json
 import math
 import subprocess
@@ -117,6 +118,28 @@ def test_every_parameter_gets_a_gradient_and_the_loss_falls() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("model_type", ["dinat", "nat"])
+def test_a_trainer_takes_the_same_step_whatever_it_accumulates(tmp_path, model_type: str) -> None:
+    """A loss that is not divided by the accumulation steps gives gradients so many times too large."""
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
+    sizes = SMALL | {"drop_path_rate": 0.0}
+    dilations = sizes.pop("dilations")
+    config = nat.NatConfig(**sizes) if model_type == "nat" else transformers.DinatConfig(dilations=dilations, **sizes)
+    torch.manual_seed(0)
+    model = randomized(AutoModelForImageClassification.from_config(config))
+    images = [{"pixel_values": torch.randn(3, 32, 32), "labels": n % 10} for n in range(16)]
+    norms = []
+    for batch, accumulated in ((16, 1), (4, 4)):
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated,
+            max_steps=1, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
+        )  # fmt: skip
+        trainer = transformers.Trainer(copy.deepcopy(model), arguments, train_dataset=images)
+        trainer.train()
+        norms.append([trainer.state.log_history[0][name] for name in ("loss", "grad_norm")])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -59,6 +59,8 @@ class NatBackbone(NatPreTrainedModel, _dinat.DinatBackbone):
 class NatForImageClassification(NatPreTrainedModel):
     """A NAT with a linear classifier."""
 
+    accepts_loss_kwargs = False  # a Trainer divides the loss by the steps and processes that gradients are summed over
+
     def __init__(self, config: NatConfig) -> None:
         super().__init__(config)
         self.num_labels: int = config.num_labels  # type: ignore[assignment]

@@ -2,8 +2,9 @@
 
 transformers takes its attention from functions that NATTEN dropped in 0.17.5, so no installed NATTEN helps: without one
 its constructors raise, with a newer one the import does. And since 4.54 its own forward moves the wrong axis, so that
-no operator alone can repair it. `enable()` replaces two things in `transformers.models.dinat.modeling_dinat`: the
-forward of its attention, and the check of its constructors for NATTEN. Parameters and checkpoints stay as they are.
+no operator alone can repair it. `enable()` replaces three things in `transformers.models.dinat.modeling_dinat`: the
+forward of its attention, the check of its constructors for NATTEN, and what its classifier tells a Trainer about its
+loss. Parameters and checkpoints stay as they are.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ _NAMES = {
     *("natten2dqkrpb", "nn", "functional", "softmax", "dropout", "natten2dav"),
 }
 
-# What `enable` replaced: (owner, name) to the original. Empty while it is not in force.
+# What `enable` replaced: (owner, name) to the original, or to MISSING. Empty while it is not in force.
 _replaced: dict[tuple[Any, str], Any] = {}
+MISSING = object()
 
 
 class Enabled:
@@ -77,6 +79,9 @@ def enable() -> Enabled:
 
     _replace(modeling.NeighborhoodAttention, "forward", _forward)
     _replace(modeling, "requires_backends", requires_other_backends)
+    # Its forward takes keyword arguments but gives none to its loss. A Trainer that thinks otherwise does not divide
+    # the loss by the steps and processes that gradients are summed over.
+    _replace(modeling.DinatForImageClassification, "accepts_loss_kwargs", False)
     return Enabled(True)
 
 
@@ -85,7 +90,7 @@ def disable() -> None:
     if not _replaced:
         return
     for (owner, name), original in _replaced.items():
-        setattr(owner, name, original)
+        delattr(owner, name) if original is MISSING else setattr(owner, name, original)
     _replaced.clear()
     from dinat_triton.integrations import nat
 
@@ -98,7 +103,7 @@ def is_enabled() -> bool:
 
 
 def _replace(owner: Any, name: str, new: Any) -> None:
-    _replaced[owner, name] = getattr(owner, name)
+    _replaced[owner, name] = vars(owner).get(name, MISSING)
     setattr(owner, name, new)
 
 
@@ -146,7 +151,7 @@ def check_recognised(modeling: ModuleType) -> None:
     raise RuntimeError(
         f"the DiNAT of transformers {transformers.__version__} is not the code that dinat_triton knows how to repair: "
         f"{difference}. Nothing was changed. It may have been repaired there: try it without enable(); otherwise "
-        f"install a newer dinat-triton, or an older transformers (5.14 to 5.23 are known to work)"
+        f"install a newer dinat-triton, or an older transformers (5.14 to 5.24 are known to work)"
     )
 
 
