@@ -35,12 +35,18 @@ class Axis:
         """Relative positions a query and a key of one window can have: the length of the bias table on this axis."""
         return 2 * self.kernel - 1
 
+    @property
+    def num_pairs(self) -> int:
+        """(query, key) pairs along this axis of which one sees the other."""
+        windows = [(len(residues), *self.windows(length)) for length, residues in self.residue_classes()]
+        return sum(count * int((end - start).sum()) for count, start, end in windows)
+
     def residue_classes(self) -> Iterator[tuple[int, IntArray]]:
         """Yields (class length, its residues). Lengths differ by one where the dilation does not divide the size."""
-        residues = np.arange(self.dilation)
-        lengths = -((residues - self.size) // self.dilation)
-        for length in np.unique(lengths)[::-1]:
-            yield int(length), residues[lengths == length]
+        length, longer = divmod(self.size, self.dilation)
+        if longer:
+            yield length + 1, np.arange(longer)
+        yield length, np.arange(longer, self.dilation)
 
     def windows(self, length: int) -> tuple[IntArray, IntArray]:
         """Half-open interval of keys that each query of a residue class sees, in class indices."""
@@ -61,6 +67,13 @@ class Axis:
         start, end = self.windows(length)
         key = np.arange(length)
         return np.searchsorted(end, key, side="right"), np.searchsorted(start, key, side="right")
+
+    def seen_at(self, position: int, inverse: bool = False) -> IntArray:
+        """Positions that the query at a position sees, or those of the queries that see the key there."""
+        index, residue = divmod(position, self.dilation)
+        length = -((residue - self.size) // self.dilation)
+        start, end = (self.observers if inverse else self.windows)(length)
+        return np.arange(start[index], end[index]) * self.dilation + residue
 
     def neighbors(self) -> tuple[IntArray, IntArray]:
         """Positions and bias indices of every query's keys, both `[size, kernel]`, -1 where a window is shorter."""
@@ -144,6 +157,11 @@ class Geometry:
         return prod(self.shape)
 
     @cached_property
+    def token_strides(self) -> tuple[int, ...]:
+        """Tokens from one position of an axis to the next."""
+        return row_major_strides(self.shape)
+
+    @cached_property
     def bias_shape(self) -> tuple[int, ...]:
         """Shape of one head's relative positional bias."""
         return tuple(axis.num_offsets for axis in self.axes)
@@ -155,7 +173,7 @@ class Geometry:
     @cached_property
     def num_pairs(self) -> int:
         """(query, key) pairs that attend: the scores any implementation has to evaluate, per head."""
-        return prod(int((axis.neighbors()[0] >= 0).sum()) for axis in self.axes)
+        return prod(axis.num_pairs for axis in self.axes)
 
     def neighbors(self) -> tuple[IntArray, IntArray]:
         """Tokens and bias indices of the keys of every query.
@@ -178,16 +196,16 @@ class Geometry:
 
     def keys_of(self, query: Sequence[int]) -> IntArray:
         """Tokens that the query at a position sees. Needs no table of all windows, however large they are."""
-        return self._seen_at(query, [axis.neighbors()[0] for axis in self.axes])
+        return self._seen_at(query)
 
     def queries_of(self, key: Sequence[int]) -> IntArray:
         """Tokens that see the key at a position."""
-        return self._seen_at(key, [axis.inverse_neighbors()[0] for axis in self.axes])
+        return self._seen_at(key, inverse=True)
 
-    def _seen_at(self, position: Sequence[int], per_axis: list[IntArray]) -> IntArray:
+    def _seen_at(self, position: Sequence[int], inverse: bool = False) -> IntArray:
         self.token_at(position)  # says what is wrong with the position
-        tokens = outer_index([seen[[p]] for seen, p in zip(per_axis, position, strict=True)], self.shape)[0]
-        return tokens[tokens >= 0]
+        seen = [axis.seen_at(p, inverse) for axis, p in zip(self.axes, position, strict=True)]
+        return outer_sum(seen, self.token_strides)
 
     def _product(self, per_axis: list[tuple[IntArray, IntArray]]) -> tuple[IntArray, IntArray]:
         tokens = outer_index([positions for positions, _ in per_axis], self.shape)
@@ -211,6 +229,19 @@ def outer_index(per_axis: Sequence[IntArray], shape: Sequence[int]) -> IntArray:
         valid = valid & (index >= 0)
     rows = prod(index.shape[0] for index in per_axis)
     return np.where(valid, total, -1).reshape(rows, -1)
+
+
+def outer_sum(per_axis: Sequence[IntArray], strides: Sequence[int]) -> IntArray:
+    """Row-major indices of the Cartesian product of one vector of positions per axis, as a vector."""
+    total = np.zeros(1, dtype=np.int64)
+    for index, stride in zip(per_axis, strides, strict=True):
+        total = (total[:, None] + index * stride).ravel()
+    return total
+
+
+def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Entries of a row-major array from one index of an axis to the next."""
+    return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def broadcast_ints(name: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:

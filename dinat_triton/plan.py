@@ -4,76 +4,177 @@ In a forward plan rows are queries and columns are keys; in a transposed plan (f
 rows are keys and columns are the queries that see them. A backend needs nothing else: it never sees a window.
 
 Along one axis a tile is a run of consecutive class indices of one residue class; its columns are the union of its rows'
-intervals, again a run. Tiles whose relative picture is the same (all interior tiles, each kind of border) form a tile
-class and share one `rel`, the bias index of each (row, column) pair. In N dimensions all this is a Cartesian product.
+intervals, again a run. Tiles with the same relative picture (all interior tiles, each kind of border) form a tile class
+and are translations of one another: a token is its tile's base plus an offset of the class. In N dimensions all this is
+a Cartesian product, so a plan keeps vectors and never a matrix of tiles and columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import product
-from math import ceil, prod
+from math import ceil, gcd, prod
 
 import numpy as np
 
-from dinat_triton.geometry import Axis, Geometry, IntArray, broadcast_ints, outer_index
+from dinat_triton.geometry import (
+    Axis,
+    Geometry,
+    IntArray,
+    broadcast_ints,
+    outer_index,
+    outer_sum,
+    row_major_strides,
+)
 
 MASKED = -1  # in rel: the row does not see this column
-PADDING = -1  # in tokens: an empty slot of a tile
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AxisTiles:
-    """The tiles of one class along one axis: a shared picture and where each tile lies."""
+    """The tiles of one class along one axis: the picture they share, and where each of them lies.
 
-    rel: IntArray  # [rows, columns] bias index on this axis, or MASKED
-    row_start: IntArray  # [tiles] position of each tile's first row
-    col_start: IntArray  # [tiles] position of each tile's first column
-    dilation: int
+    Attributes:
+        first: `[rows]`: the first column that each row sees, counted from the tile's first column.
+        last: `[rows]`: the last one.
+        columns: Columns of a tile.
+        row_code, col_code: `[rows]` and `[columns]`: the bias index of a pair is the sum of its two codes.
+        row_start, col_start: `[tiles]`: position of each tile's first row and first column.
+    """
 
-    def rows(self) -> IntArray:
-        """Positions `[tiles, rows]`."""
-        return self.row_start[:, None] + self.dilation * np.arange(self.rel.shape[0])
-
-    def columns(self) -> IntArray:
-        """Positions `[tiles, columns]`."""
-        return self.col_start[:, None] + self.dilation * np.arange(self.rel.shape[1])
+    first: IntArray
+    last: IntArray
+    columns: int
+    row_code: IntArray
+    col_code: IntArray
+    row_start: IntArray
+    col_start: IntArray
 
     @property
-    def num_tiles(self) -> int:
+    def rows(self) -> int:
+        return len(self.first)
+
+    @property
+    def tiles(self) -> int:
         return len(self.row_start)
+
+    def rel(self) -> IntArray:
+        """Bias index of each pair on this axis, `[rows, columns]`, or MASKED."""
+        column = np.arange(self.columns)
+        seen = (column >= self.first[:, None]) & (column <= self.last[:, None])
+        return np.where(seen, self.row_code[:, None] + self.col_code, MASKED)
+
+    def column_of(self, offsets: int) -> IntArray:
+        """The column with which each row has each bias index, `[offsets, rows]`, or MASKED."""
+        step = self.col_code[-1] - self.col_code[0] if self.columns > 1 else 1
+        column = (np.arange(offsets)[:, None] - self.row_code - self.col_code[0]) * (1 if step > 0 else -1)
+        return np.where((column >= self.first) & (column <= self.last), column, MASKED)
 
 
 @lru_cache(maxsize=1024)
 def tile_axis(axis: Axis, tile: int, transposed: bool = False) -> tuple[AxisTiles, ...]:
     """Cuts every residue class of an axis into runs of `tile` rows, grouped by their relative picture."""
-    classes: dict[bytes, list] = {}
+    classes: dict[tuple, tuple[list[IntArray], list[IntArray]]] = {}
     for length, residues in axis.residue_classes():
-        start, end = (axis.observers if transposed else axis.windows)(length)
-        for first in range(0, length, tile):
-            rows = np.arange(first, min(first + tile, length))[:, None]
-            columns = np.arange(start[rows[0, 0]], end[rows[-1, 0]])[None]
-            seen = (columns >= start[rows]) & (columns < end[rows])
-            offset = axis.offset(rows, columns) if transposed else axis.offset(columns, rows)
-            rel = np.where(seen, offset, MASKED)
-            picture = classes.setdefault(bytes(rel) + bytes(np.array(rel.shape)), [rel, [], []])
-            picture[1].append(residues + first * axis.dilation)
-            picture[2].append(residues + columns[0, 0] * axis.dilation)
-    return tuple(
-        AxisTiles(rel, np.concatenate(rows), np.concatenate(columns), axis.dilation)
-        for rel, rows, columns in classes.values()
-    )
+        start, end = axis.observers(length) if transposed else axis.windows(length)
+        for number, alike in alike_tiles(axis, length, tile):
+            row = number * tile
+            column, rows = int(start[row]), slice(row, min(row + tile, length))
+            first, last = start[rows] - column, end[rows] - column - 1
+            picture = (row - column, first.tobytes(), last.tobytes())
+            row_starts, col_starts = classes.setdefault(picture, ([], []))
+            move = (np.arange(*alike)[:, None] - number) * (tile * axis.dilation) + residues
+            row_starts.append((move + row * axis.dilation).ravel())
+            col_starts.append((move + column * axis.dilation).ravel())
+    return tuple(_axis_tiles(axis, transposed, *picture, *starts) for picture, starts in classes.items())
 
 
-@dataclass(frozen=True)
+def alike_tiles(axis: Axis, length: int, tile: int) -> Iterator[tuple[int, tuple[int, int, int]]]:
+    """Yields tiles of a residue class, each with the range of tiles that are known to have its picture.
+
+    Between the borders, pictures repeat with the stride.
+    """
+    margin, period = border_margin(axis), axis.stride // gcd(axis.stride, tile)
+    end = ceil(length / tile)
+    left = min(ceil(margin / tile), end)
+    right = max(left, (length - margin) // tile)
+    for number in (*range(left), *range(right, end)):
+        yield number, (number, number + 1, 1)
+    for number in range(left, min(left + period, right)):
+        yield number, (number, right, period)
+
+
+def border_margin(axis: Axis) -> int:
+    """Distance from the ends of a residue class at which neither windows nor observers know of them any more."""
+    return 2 * (axis.kernel + axis.stride)
+
+
+def _axis_tiles(
+    axis: Axis, transposed: bool, ahead: int, first: bytes, last: bytes, row_starts: list, col_starts: list
+) -> AxisTiles:
+    """One class. `ahead` is how far its first row lies behind its first column, in class indices."""
+    first_column, last_column = np.frombuffer(first, np.int64), np.frombuffer(last, np.int64)
+    row, column = np.arange(len(first_column)) + ahead, np.arange(int(last_column[-1]) + 1)
+    row_code, col_code = (axis.offset(row, 0), -column) if transposed else (-row, axis.offset(column, 0))
+    starts = np.concatenate(row_starts), np.concatenate(col_starts)
+    return AxisTiles(first_column, last_column, len(column), row_code, col_code, *starts)
+
+
+@dataclass(frozen=True, eq=False)
 class TileClass:
-    """Tiles with the same relative picture."""
+    """Tiles that are translations of one another: the product of one class per axis."""
 
-    row_tokens: IntArray  # [tiles, rows] token of each row, or PADDING
-    col_tokens: IntArray  # [tiles, columns] token of each column, or PADDING
-    rel: IntArray  # [rows, columns] bias index of each pair, or MASKED
+    geometry: Geometry
+    axes: tuple[AxisTiles, ...]
+
+    @cached_property
+    def rows(self) -> IntArray:
+        """`[rows]`: tokens from a tile's base to each row."""
+        return self._offsets([axis.rows for axis in self.axes])
+
+    @cached_property
+    def columns(self) -> IntArray:
+        """`[columns]`: tokens from a tile's column base to each column."""
+        return self._offsets([axis.columns for axis in self.axes])
+
+    @cached_property
+    def row_base(self) -> IntArray:
+        """`[tiles]`: the token that the offsets of each tile's rows count from."""
+        return outer_sum([axis.row_start for axis in self.axes], self.geometry.token_strides)
+
+    @cached_property
+    def col_base(self) -> IntArray:
+        """`[tiles]`: the token that the offsets of each tile's columns count from."""
+        return outer_sum([axis.col_start for axis in self.axes], self.geometry.token_strides)
+
+    @property
+    def tiles(self) -> int:
+        return prod(axis.tiles for axis in self.axes)
+
+    @property
+    def row_code(self) -> IntArray:
+        """`[rows]`: what a pair's row adds to its bias index."""
+        return outer_sum([axis.row_code for axis in self.axes], row_major_strides(self.geometry.bias_shape))
+
+    @property
+    def col_code(self) -> IntArray:
+        """`[columns]`: what a pair's column adds to its bias index."""
+        return outer_sum([axis.col_code for axis in self.axes], row_major_strides(self.geometry.bias_shape))
+
+    def rel(self) -> IntArray:
+        """Bias index of each pair, `[rows, columns]`, or MASKED, written out."""
+        return outer_index([axis.rel() for axis in self.axes], self.geometry.bias_shape)
+
+    def column_of(self) -> IntArray:
+        """The column with which each row has each bias index, `[offsets, rows]`, or MASKED."""
+        per_axis = zip(self.axes, self.geometry.bias_shape, strict=True)
+        return outer_index([axis.column_of(n) for axis, n in per_axis], [axis.columns for axis in self.axes])
+
+    def _offsets(self, counts: list[int]) -> IntArray:
+        steps = zip(self.geometry.dilation, self.geometry.token_strides, strict=True)
+        return outer_sum([np.arange(n) for n in counts], [dilation * stride for dilation, stride in steps])
 
 
 @dataclass(frozen=True)
@@ -85,7 +186,7 @@ class Cost:
         scores: Scores evaluated, padding included.
         useful_scores: Scores that attend.
         col_loads: Tokens loaded as columns; more than `queries` where tiles overlap.
-        table_entries: Entries of the bias table that the tile classes share.
+        table_entries: Pairs of all tile classes: entries of a bias table.
         launches: Batched products a backend issues when it takes one class at a time; a fused kernel takes all in one.
     """
 
@@ -135,78 +236,39 @@ class Plan:
         if self.block is not None and self.block < self.largest[0]:
             raise ValueError(f"block must hold the {self.largest[0]} rows of a {self.tile} tile, got {self.block}")
 
-    def _combinations(self) -> list[tuple[AxisTiles, ...]]:
-        """The tile classes as one class per axis each."""
-        per_axis = [tile_axis(axis, t, self.transposed) for axis, t in zip(self.geometry.axes, self.tile, strict=True)]
-        return [tuple(per_axis[a][i] for a, i in enumerate(index)) for index in np.ndindex(*map(len, per_axis))]
+    @cached_property
+    def classes(self) -> tuple[TileClass, ...]:
+        axes = zip(self.geometry.axes, self.tile, strict=True)
+        per_axis = [tile_axis(axis, tile, self.transposed) for axis, tile in axes]
+        return tuple(TileClass(self.geometry, combination) for combination in product(*per_axis))
 
-    def _padded(self, combination: Sequence[AxisTiles]) -> tuple[int, int]:
-        """Row slots and columns of a tile of this class, padding included."""
-        rows, columns = _cells(combination)
-        return self.block or rows, ceil(columns / self.chunk) * self.chunk
+    @cached_property
+    def shapes(self) -> IntArray:
+        """`[classes, 3]`: tiles, rows and columns of each class, without padding."""
+        counts = [[(axis.tiles, axis.rows, axis.columns) for axis in c.axes] for c in self.classes]
+        return np.array(counts, dtype=np.int64).prod(1)
 
     @property
     def largest(self) -> tuple[int, int]:
         """The most rows and the most columns of any tile, without padding."""
-        rows, columns = zip(*map(_cells, self._combinations()), strict=True)
-        return max(rows), max(columns)
+        _, rows, columns = self.shapes.max(0).tolist()
+        return rows, columns
 
     @property
     def is_closed(self) -> bool:
         """Whether no two tiles share a column: a tile is then a whole problem of its own."""
-        return self.cost().col_loads == self.geometry.num_tokens
-
-    @cached_property
-    def classes(self) -> tuple[TileClass, ...]:
-        shape, bias_shape = self.geometry.shape, self.geometry.bias_shape
-        classes = []
-        for combination in self._combinations():
-            rows, columns = self._padded(combination)
-            row_tokens = outer_index([tiles.rows() for tiles in combination], shape)
-            col_tokens = outer_index([tiles.columns() for tiles in combination], shape)
-            rel = outer_index([tiles.rel for tiles in combination], bias_shape)
-            pad_rows, pad_columns = rows - row_tokens.shape[1], columns - col_tokens.shape[1]
-            classes.append(
-                TileClass(
-                    np.pad(row_tokens, ((0, 0), (0, pad_rows)), constant_values=PADDING),
-                    np.pad(col_tokens, ((0, 0), (0, pad_columns)), constant_values=PADDING),
-                    np.pad(rel, ((0, pad_rows), (0, pad_columns)), constant_values=MASKED),
-                )
-            )
-        return tuple(classes)
+        tiles, _, columns = self.shapes.T
+        return int((tiles * columns).sum()) == self.geometry.num_tokens
 
     def cost(self) -> Cost:
-        """Counts work from the axes alone, without building the token arrays."""
-        scores = col_loads = entries = 0
-        combinations = self._combinations()
-        for combination in combinations:
-            tiles = prod(axis.num_tiles for axis in combination)
-            rows, columns = self._padded(combination)
-            scores += tiles * rows * columns
-            col_loads += tiles * _cells(combination)[1]
-            entries += rows * columns
+        """Work, counted from the axes alone."""
+        tiles, rows, columns = self.shapes.T
+        slots = (rows if self.block is None else self.block) * (-(-columns // self.chunk) * self.chunk)
         return Cost(
             queries=self.geometry.num_tokens,
-            scores=scores,
+            scores=int((tiles * slots).sum()),
             useful_scores=self.geometry.num_pairs,
-            col_loads=col_loads,
-            table_entries=entries,
-            launches=len(combinations),
+            col_loads=int((tiles * columns).sum()),
+            table_entries=int(slots.sum()),
+            launches=len(self.classes),
         )
-
-
-def _cells(combination: Sequence[AxisTiles]) -> tuple[int, int]:
-    """Rows and columns of a tile that has these axis tiles."""
-    rows, columns = zip(*(tiles.rel.shape for tiles in combination), strict=True)
-    return prod(rows), prod(columns)
-
-
-def tile_candidates(geometry: Geometry, most_rows: int) -> list[tuple[int, ...]]:
-    """Tiles worth trying: runs that cut the longest residue class evenly and keep a stride's queries together."""
-    per_axis = []
-    for axis in geometry.axes:
-        length = ceil(axis.size / axis.dilation)
-        even = {ceil(length / n) for n in range(1, length + 1)}
-        aligned = {min(ceil(run / axis.stride) * axis.stride, length) for run in even}
-        per_axis.append(sorted(aligned))
-    return [tile for tile in product(*per_axis) if prod(tile) <= most_rows] or [tuple(runs[0] for runs in per_axis)]

@@ -5,7 +5,7 @@ Runs wherever torch does. Memory is linear in tokens: tiles are gathered, attend
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from dinat_triton import bias, store
+from dinat_triton.candidates import Candidates
 from dinat_triton.dropout import keep_mask
 from dinat_triton.geometry import Geometry
 from dinat_triton.packing import unpack
-from dinat_triton.plan import Plan, tile_candidates
+from dinat_triton.plan import Cost, Plan, TileClass
 
 # What a tile choice costs on two CPU cores, in nanoseconds: a score, a token of one head that is gathered, an entry of
 # the bias table, and the calls for a tile class.
@@ -28,6 +29,8 @@ SCORE_NS, TOKEN_NS, ENTRY_NS, CLASS_NS = 0.7, 15.0, 0.4, 40_000.0
 # Scores held at once: a few megabytes, so that a group's products and softmax stay in cache.
 SCORES_AT_ONCE = 1 << 20
 MOST_ROWS = 1024
+# Entries of a tile class's bias table, of all heads, at most, where a smaller tile exists.
+MOST_ENTRIES = 1 << 23
 # What decides how fast a tile is.
 SOURCES = ("tiled.py", "plan.py", "bias.py")
 
@@ -42,30 +45,32 @@ def forward(
     need_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Attends; query, key and value are `[batch, *shape, heads, dim]`. The log-sum-exp is empty unless needed."""
-    problem = Problem(qkv, seed, geometry, scale, dropout_p)
-    table = bias.table(rpb, problem.layout.index, geometry, problem.dtype)
-    if need_lse or dropout_p > 0:
-        outs, lses = zip(*(attend_with_lse(problem, group, table) for group in problem.groups), strict=True)
-        lse = problem.in_order(lses).squeeze(-1) if need_lse else table.new_empty(0)
-        return problem.in_order(outs), lse
-    return problem.in_order([attend(problem, group, table) for group in problem.groups]), table.new_empty(0)
+    call = Call(qkv, rpb, seed, geometry, scale, dropout_p)
+    outs, lses = Rows(call), Rows(call)
+    for part in call.parts:
+        table = call.table(part)
+        for group in call.groups(part):
+            if need_lse or dropout_p > 0:
+                out, lse = attend_with_lse(call, group, table)
+                outs.add(out, group)
+                lses.add(lse, group)
+            else:
+                outs.add(attend(call, group, table), group)
+    return outs.as_map(), lses.as_map().squeeze(-1) if need_lse else table.new_empty(0)
 
 
-def attend(problem: Problem, group: Group, table: Tensor) -> Tensor:
-    """Output of a group's rows, `[batch, rows, heads, dim]`."""
-    # Tiles have no names here, so that what comes next takes their memory while the cache still holds it.
-    return problem.unfold(
-        scaled_dot_product_attention(*problem.tiles(group), attn_mask=problem.mask(group, table), scale=problem.scale),
-        group.rows,
-    )
+def attend(call: Call, group: Group, table: Tensor) -> Tensor:
+    """Output of a group's rows."""
+    # No local names: freed tiles are reused while still in cache.
+    return scaled_dot_product_attention(*call.tiles(group), attn_mask=call.mask(table), scale=call.scale)
 
 
-def attend_with_lse(problem: Problem, group: Group, table: Tensor) -> tuple[Tensor, Tensor]:
-    """The same with its log-sum-exp, `[batch, rows, heads, 1]`, and with dropout."""
-    q, k, v = problem.tiles(group)
-    logits = problem.logits(q, k, group, table)
-    tile = (problem.drop(logits.softmax(-1), group) @ v.to(problem.dtype)).to(q.dtype)
-    return problem.unfold(tile, group.rows), problem.unfold(logits.logsumexp(-1, keepdim=True), group.rows)
+def attend_with_lse(call: Call, group: Group, table: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with its log-sum-exp, and with dropout."""
+    q, k, v = call.tiles(group)
+    logits = call.logits(q, k, table)
+    tile = (call.drop(logits.softmax(-1), group) @ v.to(call.dtype)).to(q.dtype)
+    return tile, logits.logsumexp(-1, keepdim=True)
 
 
 def backward(
@@ -82,178 +87,228 @@ def backward(
     grads: list[Tensor],
 ) -> Tensor | None:
     """Writes the gradients of query, key and value into `grads` and returns that of `rpb`. Recomputes the softmax."""
-    problem = Problem(qkv, seed, geometry, scale, dropout_p)
-    grad_out = problem.tokens(grad_out)
-    grad_lse = None if grad_lse is None else problem.tokens(grad_lse.unsqueeze(-1))
-    grad_k, grad_v = (x.new_zeros(x.shape, dtype=problem.dtype).flatten(0, -3) for x in unpack(qkv)[1:])
-    grad_q = []
-    table = bias.table(rpb, problem.layout.index, geometry, problem.dtype)
-    grad_table = torch.zeros_like(table)
-    for group in problem.groups:
-        # Contiguous, because each goes into two products, and each product would copy it.
-        qt, kt, vt = (x.to(problem.dtype).contiguous() for x in problem.tiles(group))
-        do = problem.gather(grad_out, group.rows).to(problem.dtype).contiguous()
-        p = problem.logits(qt, kt, group, table).softmax(-1)
-        problem.add(problem.drop(p, group).mT @ do, group, grad_v)
-        dp = problem.drop(do @ vt.mT, group)
-        ds = dp.sub_((p * dp).sum(-1, keepdim=True))
-        if grad_lse is not None:
-            ds += problem.gather(grad_lse, group.rows)
-        ds *= p
-        grad_q.append(problem.unfold((ds @ kt).mul_(scale), group.rows))
-        problem.add((ds.mT @ qt).mul_(scale), group, grad_k)
-        if rpb is not None:
-            grad_table.narrow(1, *group.pairs).add_(ds.sum(0).flatten().view(len(rpb), -1))
-    for grad, total in zip(unpack(grads), (problem.in_order(grad_q), grad_k, grad_v), strict=True):
+    call = Call(qkv, rpb, seed, geometry, scale, dropout_p)
+    grad_out = call.tokens(grad_out)
+    grad_lse = None if grad_lse is None else call.tokens(grad_lse.unsqueeze(-1))
+    grad_q = Rows(call)
+    grad_k, grad_v = (x.new_zeros(x.shape, dtype=call.dtype).flatten(0, -3) for x in unpack(qkv)[1:])
+    grad_rpb = None if rpb is None else torch.zeros_like(rpb, dtype=call.dtype).flatten(1)
+    for part in call.parts:
+        table = call.table(part)
+        grad_table = torch.zeros_like(table) if rpb is not None else None
+        for group in call.groups(part):
+            # Contiguous, because each goes into two products, and each product would copy it.
+            qt, kt, vt = (x.to(call.dtype).contiguous() for x in call.tiles(group))
+            do = call.take_rows(grad_out, group).to(call.dtype).contiguous()
+            p = call.logits(qt, kt, table).softmax(-1)
+            call.add(call.drop(p, group).mT @ do, group, grad_v)
+            dp = call.drop(do @ vt.mT, group)
+            ds = dp.sub_((p * dp).sum(-1, keepdim=True))
+            if grad_lse is not None:
+                ds += call.take_rows(grad_lse, group)
+            ds *= p
+            grad_q.add((ds @ kt).mul_(scale), group)
+            call.add((ds.mT @ qt).mul_(scale), group, grad_k)
+            if grad_table is not None:
+                grad_table += ds.sum(0).view_as(grad_table)
+        if grad_rpb is not None and grad_table is not None:
+            grad_rpb += bias.table_grad(grad_table.flatten(1), part.pair_index(), geometry.num_offsets)
+    for grad, total in zip(unpack(grads), (grad_q.as_map(), grad_k, grad_v), strict=True):
         grad.copy_(total.view(grad.shape))
-    return None if rpb is None else bias.table_grad(grad_table, problem.layout.index, geometry).to(rpb.dtype)
+    return None if rpb is None or grad_rpb is None else grad_rpb.to(rpb.dtype).view(rpb.shape)
 
 
-class Problem:
+class Call:
     """The tensors of one call, and how tiles are taken out of them and put back.
 
     A tile is `[batch * tiles, key heads, group * rows, dim]`: query heads that share a key head are folded into the
     rows, so grouped-query attention needs no copies of keys and values.
     """
 
-    def __init__(self, qkv: list[Tensor], seed: Tensor | None, geometry: Geometry, scale: float, dropout_p: float):
+    def __init__(
+        self,
+        qkv: list[Tensor],
+        rpb: Tensor | None,
+        seed: Tensor | None,
+        geometry: Geometry,
+        scale: float,
+        dropout_p: float,
+    ):
         query, key, value = unpack(qkv)
         self.geometry, self.scale, self.dropout_p, self.seed = geometry, scale, dropout_p, seed
         self.batch, self.heads, self.kv_heads = query.shape[0], query.shape[-2], key.shape[-2]
         self.dtype = torch.promote_types(query.dtype, torch.float32)
+        self.rpb = rpb
         tile = choose_tile(geometry, self.batch, self.heads, query.dtype, query.device.type)
-        self.layout = layout_of(geometry, tile, query.device, len(qkv) == 1)
-        self.groups = groups_of(self.layout, self.batch * self.heads)
-        if self.layout.is_packed:
-            # Gathered from where they are: a part of a packed tensor is strided, and torch would copy it whole first.
-            self.q = self.k = self.v = self.tokens(qkv[0])
-        else:
-            self.q, self.k, self.v = self.tokens(query), self.tokens(key), self.tokens(value)
+        self.parts = parts_of(geometry, tile, query.device, len(qkv) == 1)
+        self.is_whole, self.is_packed = self.parts[0].is_whole, self.parts[0].is_packed
+        # Gathered from where they are: a part of a packed tensor is strided, and torch would copy it whole first.
+        packed = self.tokens(qkv[0]) if self.is_packed else None
+        self.q, self.k, self.v = (self.tokens(x) if packed is None else packed for x in (query, key, value))
+        self.first_tokens = torch.arange(0, self.batch * geometry.num_tokens, geometry.num_tokens, device=query.device)
+
+    def groups(self, part: Part) -> Iterator[Group]:
+        """Splits a class so that the scores of a group stay within SCORES_AT_ONCE."""
+        step = max(1, SCORES_AT_ONCE // (self.batch * self.heads * len(part.rows) * len(part.columns)))
+        for row_base, col_base in zip(part.row_base.split(step), part.col_base.split(step), strict=True):
+            yield Group(part, row_base, col_base)
 
     def tokens(self, x: Tensor) -> Tensor:
         """`[batch * slots, heads, dim]`, contiguous to gather from: from its first axis torch does so on all cores."""
         x = x.reshape(-1, *x.shape[-2:])
-        return x if self.layout.is_whole else x.contiguous()
+        return x if self.is_whole else x.contiguous()
+
+    def slots(self, base: Tensor, offsets: Tensor) -> Tensor:
+        """Where tokens of tiles lie among those of all batch items, `[batch * tiles * cells]`."""
+        base = (self.first_tokens[:, None] + base).view(-1) if self.batch > 1 else base
+        return (base[:, None] + offsets).view(-1)
+
+    def packed_slots(self, base: Tensor, offsets: Tensor) -> Tensor:
+        """The same in the tensor that packs query, key and value."""
+        base = (self.first_tokens[:, None] + base).view(-1) if self.batch > 1 else base
+        return (3 * base[:, None] + offsets).view(-1)
 
     def tiles(self, group: Group) -> tuple[Tensor, Tensor, Tensor]:
         """The group's queries, keys and values."""
-        q, k, v = group.slots
-        return self.gather(self.q, q), self.gather(self.k, k), self.gather(self.v, v)
+        part, (q, k, v) = group.part, group.part.packed
+        rows, columns = len(part.rows), len(part.columns)
+        if self.is_packed:
+            q_slots, k_slots, v_slots = (
+                self.packed_slots(base, offsets)
+                for base, offsets in ((group.row_base, q), (group.col_base, k), (group.col_base, v))
+            )
+        else:
+            q_slots = self.slots(group.row_base, part.rows)
+            k_slots = v_slots = self.slots(group.col_base, part.columns)
+        return self.take(self.q, q_slots, rows), self.take(self.k, k_slots, columns), self.take(self.v, v_slots, columns)
 
-    def of_batch(self, slots: Tensor, per_item: int) -> Tensor:
-        """Slots of one batch item as those of all, item after item."""
-        if self.batch == 1:
-            return slots.view(-1)
-        first = torch.arange(0, self.batch * per_item, per_item, device=slots.device)
-        return (first[:, None] + slots.view(1, -1)).view(-1)
+    def take_rows(self, x: Tensor, group: Group) -> Tensor:
+        """What `[batch * tokens, heads, dim]` holds of the group's rows."""
+        return self.take(x, self.slots(group.row_base, group.part.rows), len(group.part.rows))
 
-    def gather(self, x: Tensor, slots: Tensor) -> Tensor:
-        """Tiles `[batch * tiles, key heads, group * cells, dim]` of `[batch * slots, heads, dim]`."""
-        if not self.layout.is_whole:
-            x = x.index_select(0, self.of_batch(slots, len(x) // self.batch))
-        tiles = x.view(-1, slots.shape[1], *x.shape[1:])
+    def take(self, x: Tensor, slots: Tensor, cells: int) -> Tensor:
+        """Tiles `[batch * tiles, key heads, group * cells, dim]`."""
+        tiles = (x if self.is_whole else x.index_select(0, slots)).view(-1, cells, *x.shape[1:])
         if x.shape[1] == self.kv_heads:
             return tiles.transpose(1, 2)
         return tiles.unflatten(2, (self.kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
 
-    def unfold(self, tile: Tensor, cells: Tensor) -> Tensor:
-        """The inverse of `gather`'s folding: `[batch, tiles * cells, heads, dim]`."""
-        if tile.shape[2] == cells.shape[1]:
+    def unfold(self, tile: Tensor, cells: int) -> Tensor:
+        """The inverse of `take`'s folding: `[batch * tiles * cells, heads, dim]`."""
+        if tile.shape[2] == cells:
             folded = tile.transpose(1, 2)
         else:
-            folded = tile.unflatten(2, (-1, cells.shape[1])).permute(0, 3, 1, 2, 4).flatten(2, 3)
-        return folded.reshape(self.batch, -1, *folded.shape[2:])
-
-    def in_order(self, parts: Sequence[Tensor]) -> Tensor:
-        """Rows in the order of the plan brought into that of the map, `[batch, *shape, heads, dim]`."""
-        x = self.tokens(parts[0] if len(parts) == 1 else torch.cat(tuple(parts), 1))
-        if not self.layout.is_whole:
-            x = x.index_select(0, self.of_batch(self.layout.order, len(x) // self.batch))
-        return x.contiguous().view(self.batch, *self.geometry.shape, *x.shape[1:])
+            folded = tile.unflatten(2, (-1, cells)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+        return folded.reshape(-1, *folded.shape[2:])
 
     def add(self, tile: Tensor, group: Group, out: Tensor) -> None:
-        """Adds column tiles to their tokens; a token can be a column of several tiles."""
-        columns = self.tokens(self.unfold(tile, group.columns))
-        if self.layout.is_whole:
+        """Adds tiles of columns to their tokens; a token can be a column of several tiles."""
+        columns = self.unfold(tile, len(group.part.columns))
+        if self.is_whole:
             out += columns
         else:
-            tokens = self.of_batch(group.columns, len(out) // self.batch)
-            out.flatten(1).index_add_(0, tokens, columns.flatten(1))
+            out.flatten(1).index_add_(0, self.slots(group.col_base, group.part.columns), columns.flatten(1))
 
-    def mask(self, group: Group, table: Tensor) -> Tensor:
-        """The group's part of the table, `[1, key heads or 1, group * rows, columns]`: SDPA's fast path wants 4-D."""
+    def table(self, part: Part) -> Tensor:
+        """What to add to the logits of a class, `[heads or 1, rows, columns]`."""
+        table = bias.table(self.rpb, part.pair_index(), self.geometry.num_offsets, self.dtype)
+        return table.view(len(table), len(part.rows), len(part.columns))
+
+    def mask(self, table: Tensor) -> Tensor:
+        """A table as tiles take it, `[1, key heads or 1, group * rows, columns]`: SDPA's fast path wants 4-D."""
         shared = self.heads // self.kv_heads
-        part = table.narrow(1, *group.pairs).view(len(table), group.rows.shape[1], group.columns.shape[1])
         if shared > 1:
-            part = part.repeat(1, shared, 1) if len(part) == 1 else part.reshape(self.kv_heads, -1, part.shape[-1])
-        return part.unsqueeze(0)
+            one = len(table) == 1
+            table = table.repeat(1, shared, 1) if one else table.reshape(self.kv_heads, -1, table.shape[-1])
+        return table.unsqueeze(0)
 
-    def logits(self, q: Tensor, k: Tensor, group: Group, table: Tensor) -> Tensor:
+    def logits(self, q: Tensor, k: Tensor, table: Tensor) -> Tensor:
         """Logits of gathered tiles, in the wide dtype."""
-        return (q.to(self.dtype) @ k.to(self.dtype).mT).mul_(self.scale).add_(self.mask(group, table))
+        return (q.to(self.dtype) @ k.to(self.dtype).mT).mul_(self.scale).add_(self.mask(table))
 
     def drop(self, x: Tensor, group: Group) -> Tensor:
         """Applies dropout to probabilities, or to their gradient."""
         if self.seed is None:
             return x
-        tiles = len(group.rows)
-        query = group.rows.view(tiles, 1, 1, -1, 1)
-        key = group.columns.view(tiles, 1, 1, 1, -1)
+        tiles = len(group.row_base)
+        query = (group.row_base[:, None] + group.part.rows).view(tiles, 1, 1, -1, 1)
+        key = (group.col_base[:, None] + group.part.columns).view(tiles, 1, 1, 1, -1)
         batch_head = torch.arange(self.batch * self.heads, device=x.device)
         keep = keep_mask(self.seed, self.dropout_p, key, query, batch_head.view(self.batch, 1, self.kv_heads, -1, 1, 1))
         return x * keep.view(x.shape) / (1 - self.dropout_p)
 
 
+class Rows:
+    """Something of every query, collected group by group and put in the order of the map at once."""
+
+    def __init__(self, call: Call):
+        self.call = call
+        self.tiles: list[Tensor] = []
+        self.slots: list[Tensor] = []
+
+    def add(self, tile: Tensor, group: Group) -> None:
+        rows = group.part.rows
+        self.tiles.append(self.call.unfold(tile, len(rows)))
+        self.slots.append(self.call.slots(group.row_base, rows))
+
+    def as_map(self) -> Tensor:
+        """`[batch, *shape, heads, dim]`."""
+        call = self.call
+        x = self.tiles[0] if len(self.tiles) == 1 else torch.cat(self.tiles)
+        if not call.is_whole:
+            slots = torch.cat(self.slots)
+            # Gathering rows is many times quicker than scattering them, and the inverse of the slots costs little.
+            x = x.index_select(0, torch.empty_like(slots).scatter_(0, slots, torch.arange(len(slots), device=x.device)))
+        return x.contiguous().view(call.batch, *call.geometry.shape, *x.shape[1:])
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A tile class on a device."""
+
+    rows: Tensor  # [R] offsets of tokens from their tile's base
+    columns: Tensor  # [S]
+    row_base: Tensor  # [tiles] tokens
+    col_base: Tensor  # [tiles]
+    packed: tuple[Tensor, Tensor, Tensor]  # offsets of queries [R], keys [S] and values [S] in a tensor that packs them
+    axis_indices: list[Tensor]  # what each axis adds to the bias index of a pair
+    num_offsets: int
+    is_whole: bool  # one tile holds all tokens in their order: nothing to gather
+    is_packed: bool  # query, key and value are gathered out of one tensor
+
+    def pair_index(self) -> Tensor:
+        """Bias index of every pair, `[R * S]`."""
+        return bias.pair_index(self.axis_indices, self.num_offsets)
+
+
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Some tiles of one class, on the device."""
+    """Some tiles of one class, in every batch item."""
 
-    rows: Tensor  # [tiles, R] tokens
-    columns: Tensor  # [tiles, S] tokens
-    slots: tuple[Tensor, Tensor, Tensor]  # where queries, keys and values of these tokens lie in their tensors
-    pairs: tuple[int, int]  # the class's part of `Layout.index`: where it begins, and how long it is
-
-
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """A plan's index tensors on a device."""
-
-    classes: tuple[Group, ...]
-    index: Tensor  # [pairs] bias indices of all classes, one after the other
-    order: Tensor  # [tokens] the place of each token among the rows of all tiles
-    is_whole: bool  # one tile holds all tokens in their order: nothing to gather
-    is_packed: bool  # slots are those of one tensor that packs query, key and value
+    part: Part
+    row_base: Tensor
+    col_base: Tensor
 
 
 @lru_cache(maxsize=128)
-def groups_of(layout: Layout, maps: int) -> list[Group]:
-    """Splits every class into groups whose scores stay within SCORES_AT_ONCE."""
-    groups = []
-    for c in layout.classes:
-        tiles, rows = c.rows.shape
-        step = max(1, SCORES_AT_ONCE // (maps * rows * c.columns.shape[1]))
-        for tile in range(0, tiles, step):
-            part = slice(tile, tile + step)
-            query, key, value = (slots[part] for slots in c.slots)
-            groups.append(Group(c.rows[part], c.columns[part], (query, key, value), c.pairs))
-    return groups
+def parts_of(geometry: Geometry, tile: tuple[int, ...], device: torch.device, is_packed: bool) -> list[Part]:
+    """The tile classes of a plan on a device."""
+    return [_part(c, device, is_packed) for c in Plan(geometry, tile).classes]
 
 
-@lru_cache(maxsize=128)
-def layout_of(geometry: Geometry, tile: tuple[int, ...], device: torch.device, packed: bool) -> Layout:
-    classes, first_pair = [], 0
-    plan = Plan(geometry, tile).classes
-    places = np.concatenate([c.row_tokens.ravel() for c in plan])
-    is_whole = len(places) == plan[0].row_tokens.shape[1] and bool((np.diff(places) == 1).all())
-    is_packed = packed and not is_whole
-    for c in plan:
-        rows, columns = (torch.as_tensor(tokens, device=device) for tokens in (c.row_tokens, c.col_tokens))
-        slots = (3 * rows, 3 * columns + 1, 3 * columns + 2) if is_packed else (rows, columns, columns)
-        classes.append(Group(rows, columns, slots, (first_pair, c.rel.size)))
-        first_pair += c.rel.size
-    index = bias.pair_index(torch.cat([torch.as_tensor(c.rel, device=device).flatten() for c in plan]), geometry)
-    order = torch.as_tensor(places.argsort(), device=device)
-    return Layout(tuple(classes), index, order, is_whole, is_packed)
+def _part(c: TileClass, device: torch.device, is_packed: bool) -> Part:
+    rows, columns, *bases = (torch.as_tensor(x, device=device) for x in (c.rows, c.columns, c.row_base, c.col_base))
+    is_whole = len(rows) == c.geometry.num_tokens and bool((np.diff(c.rows) == 1).all())
+    return Part(
+        rows,
+        columns,
+        *bases,
+        packed=(3 * rows, 3 * columns + 1, 3 * columns + 2),
+        axis_indices=bias.axis_indices(c, device),
+        num_offsets=c.geometry.num_offsets,
+        is_whole=is_whole,
+        is_packed=is_packed and not is_whole,
+    )
 
 
 def choose_tile(
@@ -274,21 +329,32 @@ def _choose_tile(
 
 def modelled_tiles(geometry: Geometry, batch: int, heads: int) -> list[tuple[int, ...]]:
     """Tiles by their modelled time, the least first: large ones evaluate more scores, small ones gather more keys."""
-    return sorted(tile_candidates(geometry, MOST_ROWS), key=lambda tile: tile_ns(geometry, batch, heads, tile))
+    candidates = Candidates(geometry, MOST_ROWS)
+    entries = heads * candidates.rows * candidates.columns
+    nanoseconds = modelled_ns(work_of(candidates, candidates.rows == geometry.num_tokens, geometry, batch, heads))
+    too_large = np.where(entries > MOST_ENTRIES, entries, 0)
+    return [tuple(tile) for tile in candidates.tiles[np.lexsort((nanoseconds, too_large))].tolist()]
 
 
 def tile_ns(geometry: Geometry, batch: int, heads: int, tile: tuple[int, ...]) -> float:
     """Modelled time of a forward, in nanoseconds."""
-    work = tile_work(geometry, batch, heads, tile)
+    return modelled_ns(tile_work(geometry, batch, heads, tile))
+
+
+def modelled_ns(work: tuple) -> Any:
     return sum(n * ns for n, ns in zip(work, (SCORE_NS, TOKEN_NS, ENTRY_NS, CLASS_NS), strict=True))
 
 
 def tile_work(geometry: Geometry, batch: int, heads: int, tile: tuple[int, ...]) -> tuple[int, int, int, int]:
     """Scores, gathered tokens, entries of the bias table and tile classes of a choice."""
-    cost = Plan(geometry, tile).cost()
+    return work_of(Plan(geometry, tile).cost(), prod(tile) == geometry.num_tokens, geometry, batch, heads)
+
+
+def work_of(counts: Cost | Candidates, is_whole: Any, geometry: Geometry, batch: int, heads: int) -> tuple:
+    """`tile_work` of a plan, or of many candidates at once."""
     # A tile that is the whole map is read where it lies.
-    tokens = 0 if prod(tile) == geometry.num_tokens else 2 * (cost.queries + cost.col_loads)
-    return batch * heads * cost.scores, batch * heads * tokens, heads * cost.table_entries, cost.launches
+    tokens = (1 - is_whole) * 2 * (geometry.num_tokens + counts.col_loads)
+    return batch * heads * counts.scores, batch * heads * tokens, heads * counts.table_entries, counts.launches
 
 
 def tile_key(geometry: Geometry, dtype: torch.dtype, threads: int) -> str:

@@ -16,17 +16,20 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 
 from dinat_triton import store
+from dinat_triton.candidates import Candidates
 from dinat_triton.geometry import Geometry
-from dinat_triton.plan import Plan, tile_candidates
+from dinat_triton.plan import Plan
 
 TABLES = Path(__file__).parent / "tuned"
 # What decides how fast a config is.
 SOURCES = (
     "plan.py",
+    "candidates.py",
     *(f"kernels/{name}.py" for name in ("forward", "backward", "primitives", "layout", "schedule", "configs")),
 )
 PASSES = ("forward", "closed_backward", "query_backward", "key_backward")
@@ -177,22 +180,25 @@ def padded(n: int) -> int:
 def plan_cost(plan: Plan, token_bytes: int) -> float:
     """Modelled time of a plan, in scores: those that it evaluates, and what its tiles load and store."""
     cost = plan.cost()
-    return cost.scores + 2 * (cost.queries + cost.col_loads) * token_bytes * SCORES_PER_BYTE / 2
+    return _modelled_scores(cost.scores, cost.queries + cost.col_loads, token_bytes)
 
 
+def _modelled_scores(scores: Any, tokens: Any, token_bytes: int) -> Any:
+    return scores + 2 * tokens * token_bytes * SCORES_PER_BYTE / 2
+
+
+# Large enough for a tuning search.
+@lru_cache(maxsize=4096)
 def choose_plan(geometry: Geometry, config: Config, token_bytes: int, transposed: bool = False) -> Plan:
     """The plan with the least modelled time among the tiles that fit the config's rows."""
-    return _choose_plan(geometry, config.rows, config.chunk, config.one_chunk, token_bytes, transposed)
+    found = Candidates(geometry, config.rows, transposed)
+    block, width = powers_of_two(found.rows), powers_of_two(found.columns)
+    chunk = np.where(found.columns <= config.one_chunk, width, config.chunk)
+    tokens = geometry.num_tokens + found.col_loads
+    best = int(_modelled_scores(block * found.padded_columns(chunk), tokens, token_bytes).argmin())
+    return Plan(geometry, tuple(found.tiles[best].tolist()), int(block[best]), int(chunk[best]), transposed)
 
 
-# Room for all that a search over many configs compares.
-@lru_cache(maxsize=4096)
-def _choose_plan(
-    geometry: Geometry, most_rows: int, chunk: int, one_chunk: int, token_bytes: int, transposed: bool
-) -> Plan:
-    def candidate(tile: tuple[int, ...]) -> Plan:
-        rows, columns = Plan(geometry, tile, transposed=transposed).largest
-        width = padded(columns) if columns <= one_chunk else chunk
-        return Plan(geometry, tile, padded(rows), width, transposed)
-
-    return min(map(candidate, tile_candidates(geometry, most_rows)), key=lambda plan: plan_cost(plan, token_bytes))
+def powers_of_two(n: np.ndarray) -> np.ndarray:
+    """`padded` of many numbers."""
+    return np.maximum(16, 1 << np.ceil(np.log2(n)).astype(np.int64))

@@ -7,12 +7,16 @@ from dinat_triton.kernels.primitives import (
     LN2,
     LOG2E,
     RUNTIME,
+    chunk_logits,
     dot,
     drop,
-    load_bias,
     load_tile,
     pair_bias,
+    read_bases,
+    read_columns,
+    read_rows,
     read_run,
+    sees,
     store_row,
     store_tile,
 )
@@ -23,16 +27,11 @@ LOWEST = tl.constexpr(-1e30)
 
 @triton.jit
 def attend(
-    q_tile, k_at, v_at, k_token, v_token, row_tok, col_tok, bias, m, total, acc, to_log2,
-    seed, keep_from, keep_scale, batch_head,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    ONLINE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    s, v_at, v_token, col_off, m, total, acc, to_log2, seed, keep_from, keep_scale, row_tok, col_tok, batch_head,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, ONLINE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attends to one chunk of columns; ONLINE adds it to the maximum, sum and output of the chunks before."""
-    k_tile = load_tile(k_at, col_tok, k_token, D, BLOCK_D)  # [C, D]
-    v_tile = load_tile(v_at, col_tok, v_token, DV, BLOCK_DV)  # [C, DV]
-    # The bias is the accumulator: adding it after the product would compute the exponentials in two layouts.
-    s = dot(q_tile, tl.trans(k_tile), bias, PRECISION)  # [R, C]
+    v_tile = load_tile(v_at, col_off, v_token, DV, BLOCK_DV)  # [C, DV]
     m_next = tl.max(s, 1)
     if ONLINE:
         m_next = tl.maximum(m, m_next)
@@ -51,7 +50,7 @@ def attend(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def forward_kernel(
-    q, k, v, out, lse, bias_source, seed, row_tokens, col_tokens, runs, rel,
+    q, k, v, out, lse, bias_source, seed, runs, bases, rows, columns, guards,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     batch, batch_step, tokens, heads, group, bias_head, max_chunks, scale, keep_from: tl.uint32, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
@@ -61,49 +60,53 @@ def forward_kernel(
     """Grid (runs * heads, batch splits): a program walks one run of tiles over its part of the batch.
 
     One chunk: `bias_source` is rpb, and the tile's bias is gathered once and stays in registers. More: it is the table
-    that `table_kernel` wrote, read chunk by chunk out of the cache.
+    that `table_kernel` wrote, read chunk by chunk out of the cache; without a bias there is none.
     """
     head, tile_class, first, end, chunks = read_run(runs, heads)
     first_item = tl.program_id(1) * batch_step
     end_item = tl.minimum(first_item + batch_step, batch)
-    row, col = tl.arange(0, ROWS), tl.arange(0, CHUNK)
-    span = max_chunks * CHUNK
-    class_at = tile_class * (ROWS * span)
+    row_off, row_code, row_first, row_last = read_rows(rows, tile_class, ROWS)
     if ONE_CHUNK:
-        rel_tile = tl.load(rel + class_at + row[:, None] * span + col[None, :])
-        bias = pair_bias(bias_source, head * bias_head, rel_tile, 1 / scale, HAS_BIAS)  # [R, C]
+        col_off, col_code, col_place = read_columns(columns, tile_class, 0, max_chunks, CHUNK)
+        seen = sees(row_first[:, None], row_last[:, None], col_place[None, :], guards)
+        index = row_code[:, None] + col_code[None, :]
+        bias = pair_bias(bias_source, head * bias_head, index, seen, 1 / scale, HAS_BIAS)  # [R, C]
     else:
-        bias_at = bias_source + tl.multiple_of(head.to(tl.int64) * bias_head, 16) + class_at
+        class_at = tl.multiple_of(head.to(tl.int64) * bias_head, 16) + tile_class * (ROWS * CHUNK) * max_chunks
     to_log2 = scale * LOG2E
     kv_head = head // group
 
     for tile in range(first, end):
-        row_tok = tl.load(row_tokens + tile * ROWS + row)
-        col_tok_at = col_tokens + tl.cast(tile, tl.int64) * span + col
-        if ONE_CHUNK:
-            col_tok = tl.load(col_tok_at)
+        row_base, col_base = read_bases(bases, tile)
         for item in tl.range(first_item, end_item, disable_licm=True):
             i = tl.cast(item, tl.int64)
-            q_tile = load_tile(q + i * q_batch + head * q_head, row_tok, q_token, D, BLOCK_D)  # [R, D]
-            k_at = k + i * k_batch + kv_head * k_head
-            v_at = v + i * v_batch + kv_head * v_head
+            q_tile = load_tile(q + i * q_batch + row_base * q_token + head * q_head, row_off, q_token, D, BLOCK_D)
+            k_at = k + i * k_batch + col_base * k_token + kv_head * k_head
+            v_at = v + i * v_batch + col_base * v_token + kv_head * v_head
             m = tl.full((ROWS,), LOWEST, tl.float32)
             total = tl.zeros((ROWS,), tl.float32)
             acc = tl.zeros((ROWS, BLOCK_DV), tl.float32)
             if ONE_CHUNK:
+                # The bias is the accumulator: adding it after the product would compute exponentials in two layouts.
+                s = dot(q_tile, tl.trans(load_tile(k_at, col_off, k_token, D, BLOCK_D)), bias, PRECISION)  # [R, C]
                 m, total, acc = attend(
-                    q_tile, k_at, v_at, k_token, v_token, row_tok, col_tok, bias, m, total, acc, to_log2,
-                    seed, keep_from, keep_scale, item * heads + head,
-                    D, DV, BLOCK_D, BLOCK_DV, False, DROPOUT, PRECISION,
+                    s, v_at, v_token, col_off, m, total, acc, to_log2,
+                    seed, keep_from, keep_scale, row_base + row_off, col_base + col_off, item * heads + head,
+                    DV, BLOCK_DV, False, DROPOUT, PRECISION,
                 )  # fmt: skip
             else:
                 for chunk in range(chunks):
-                    m, total, acc = attend(
-                        q_tile, k_at, v_at, k_token, v_token, row_tok, tl.load(col_tok_at + chunk * CHUNK),
-                        load_bias(bias_at + chunk * (ROWS * CHUNK), ROWS, CHUNK), m, total, acc, to_log2,
-                        seed, keep_from, keep_scale, item * heads + head,
-                        D, DV, BLOCK_D, BLOCK_DV, True, DROPOUT, PRECISION,
+                    col_off, col_code, col_place = read_columns(columns, tile_class, chunk, max_chunks, CHUNK)
+                    k_tile = load_tile(k_at, col_off, k_token, D, BLOCK_D)  # [C, D]
+                    s = chunk_logits(
+                        q_tile, k_tile, bias_source, class_at + chunk * (ROWS * CHUNK),
+                        row_first, row_last, col_place, guards, ROWS, CHUNK, HAS_BIAS, PRECISION,
                     )  # fmt: skip
-            row_at = i * tokens * heads + head  # out and lse are contiguous, heads after tokens
-            store_tile(out + row_at * DV, row_tok, heads * DV, acc * (1 / total)[:, None], DV, BLOCK_DV)
-            store_row(lse + row_at, row_tok, heads, m * scale + tl.log2(total) * LN2)
+                    m, total, acc = attend(
+                        s, v_at, v_token, col_off, m, total, acc, to_log2,
+                        seed, keep_from, keep_scale, row_base + row_off, col_base + col_off, item * heads + head,
+                        DV, BLOCK_DV, True, DROPOUT, PRECISION,
+                    )  # fmt: skip
+            row_at = (i * tokens + row_base) * heads + head  # out and lse are contiguous, heads after tokens
+            store_tile(out + row_at * DV, row_off, heads * DV, acc * (1 / total)[:, None], DV, BLOCK_DV)
+            store_row(lse + row_at, row_off, heads, m * scale + tl.log2(total) * LN2)

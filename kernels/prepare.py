@@ -103,9 +103,9 @@ def prepare_forward(
     """The forward's launch. `places` are those of query, key and value."""
     problem = _problem(geometry, places, dtype, device, tf32)
     plan = schedule_of(problem, "forward")
-    table = None if plan.one_chunk else _table(problem, plan, rpb_dtype)
+    table = _table(problem, plan) if rpb_dtype is not None and not plan.one_chunk else None
     arguments: Arguments = (
-        *_indices(plan), plan.layout.rel, *_strides(places), *_sizes(problem, plan, table), plan.layout.max_chunks,
+        *_indices(plan), *_strides(places), *_sizes(problem, plan, table), plan.layout.max_chunks,
     )  # fmt: skip
     options = {"ONE_CHUNK": plan.one_chunk, "HAS_BIAS": rpb_dtype is not None, "DROPOUT": dropout} | plan.options
     return Launch(forward_kernel, plan.grid, arguments, options, table=table)
@@ -121,7 +121,7 @@ def prepare_backward(
     given = {"HAS_BIAS": rpb_dtype is not None, "HAS_GRAD_LSE": has_grad_lse, "DROPOUT": dropout}
     if has_closed_backward(problem):
         plan = schedule_of(problem, "closed_backward")
-        arguments: Arguments = (*_indices(plan), plan.layout.rel, *_strides(places), *_sizes(problem, plan))
+        arguments: Arguments = (*_indices(plan), *_strides(places), *_sizes(problem, plan))
         launches: dict[str, tuple[Launch, ...]] = {
             "closed": (Launch(closed_backward_kernel, plan.grid, arguments, given | plan.options),)
         }
@@ -140,12 +140,13 @@ def _query_launches(
     """One for dq and the bias gradient, or one for each where the columns of a tile take several chunks."""
     q, k, v, grad_q, _, _, grad_out = places
     for grad_query, grad_bias in _query_passes(plan, rpb_dtype is not None):
-        table = _table(problem, plan, rpb_dtype) if grad_query and not plan.one_chunk else None
+        all_chunks = grad_query and not plan.one_chunk
+        table = _table(problem, plan) if all_chunks and rpb_dtype is not None else None
         arguments: Arguments = (
-            *_indices(plan), plan.layout.rel, *_strides((q, k, v, grad_q, grad_out)),
+            *_indices(plan), *_strides((q, k, v, grad_q, grad_out)),
             *_sizes(problem, plan, table), plan.layout.max_chunks,
         )  # fmt: skip
-        form = {"ALL_CHUNKS": table is not None, "GRAD_QUERY": grad_query, "GRAD_BIAS": grad_bias}
+        form = {"ALL_CHUNKS": all_chunks, "GRAD_QUERY": grad_query, "GRAD_BIAS": grad_bias}
         grid = (*plan.grid, 1 if grad_query else plan.layout.max_chunks)
         yield Launch(query_backward_kernel, grid, arguments, form | given | plan.options, table=table)
 
@@ -154,12 +155,12 @@ def _key_launch(
     problem: Problem, plan: Schedule, places: tuple[Place, ...], given: dict[str, bool], rpb_dtype: torch.dtype | None
 ) -> Launch:
     q, k, v, _, grad_k, grad_v, grad_out = places
-    table = _table(problem, plan, rpb_dtype)
+    table = _table(problem, plan) if rpb_dtype is not None else None
     arguments: Arguments = (
         *_indices(plan), *_strides((q, k, v, grad_k, grad_v, grad_out)),
         *_sizes(problem, plan, table), plan.layout.max_chunks,
     )  # fmt: skip
-    options = {"DROPOUT": given["DROPOUT"]} | plan.options
+    options = {"HAS_BIAS": given["HAS_BIAS"], "DROPOUT": given["DROPOUT"]} | plan.options
     return Launch(key_backward_kernel, plan.grid, arguments, options, table=table)
 
 
@@ -170,21 +171,23 @@ def _query_passes(plan: Schedule, has_bias: bool) -> list[tuple[bool, bool]]:
     return [(True, False), (False, True)]
 
 
-def _table(problem: Problem, plan: Schedule, rpb_dtype: torch.dtype | None) -> Launch:
-    """Works out the bias of every pair of the plan, `[heads, pairs]`; without a bias all heads share one."""
-    rel, heads = plan.layout.rel, problem.heads if rpb_dtype is not None else 1
-    rows, chunk = plan.options["ROWS"], plan.options["CHUNK"]
+def _table(problem: Problem, plan: Schedule) -> Launch:
+    """Works out the bias of every pair of the plan, `[heads, pairs]`."""
+    layout, rows, chunk = plan.layout, plan.options["ROWS"], plan.options["CHUNK"]
+    classes, pairs = len(layout.rows), len(layout.rows) * layout.pairs
     block = min(1024, rows * chunk)
-    grid = (rows * chunk // block, rel.numel() // (rows * chunk), heads)
-    options = {"ROWS": rows, "CHUNK": chunk, "BLOCK": block, "HAS_BIAS": rpb_dtype is not None} | FUSION
-    arguments: Arguments = (rel, problem.geometry.num_offsets, plan.layout.max_chunks)
-    return Launch(table_kernel, grid, arguments, options, shape=(heads, rel.numel()))
+    grid = (rows * chunk // block, classes * layout.max_chunks, problem.heads)
+    options = {"ROWS": rows, "CHUNK": chunk, "BLOCK": block} | FUSION
+    arguments: Arguments = (
+        layout.rows, layout.columns, layout.guards, problem.geometry.num_offsets, layout.max_chunks
+    )  # fmt: skip
+    return Launch(table_kernel, grid, arguments, options, shape=(problem.heads, pairs))
 
 
 def _folds(problem: Problem, plan: Schedule) -> tuple[Launch, Launch]:
     """Add up bias gradients, of programs to those of each tile class's pairs, and of pairs to those of bias entries."""
     layout, heads = plan.layout, problem.heads
-    (programs, splits), classes, pairs = plan.grid, len(layout.rel), layout.pairs
+    (programs, splits), classes, pairs = plan.grid, len(layout.rows), layout.pairs
     offsets, longest = layout.members.shape
     first: Arguments = (layout.first_run, programs, splits, heads, pairs)
     then: Arguments = (layout.members, classes * pairs, offsets, longest)
@@ -195,8 +198,9 @@ def _folds(problem: Problem, plan: Schedule) -> tuple[Launch, Launch]:
     return over_programs, Launch(fold_bias_kernel, (offsets, heads), then, options)
 
 
-def _indices(plan: Schedule) -> tuple[Tensor, Tensor, Tensor]:
-    return plan.layout.row_tokens, plan.layout.col_tokens, plan.layout.runs
+def _indices(plan: Schedule) -> Arguments:
+    layout = plan.layout
+    return layout.runs, layout.bases, layout.rows, layout.columns, layout.guards
 
 
 def _strides(places: tuple[Place, ...]) -> tuple[int, ...]:
@@ -206,9 +210,7 @@ def _strides(places: tuple[Place, ...]) -> tuple[int, ...]:
 def _sizes(problem: Problem, plan: Schedule, table: Launch | None = None) -> tuple[int, ...]:
     """With the bias's distance from head to head, in the table if there is one."""
     group = problem.heads // problem.kv_heads
-    bias_head = problem.geometry.num_offsets
-    if table is not None:
-        bias_head = plan.layout.rel.numel() if table.options["HAS_BIAS"] else 0
+    bias_head = problem.geometry.num_offsets if table is None else table.shape[1]
     return problem.batch, plan.batch_step, problem.geometry.num_tokens, problem.heads, group, bias_head
 
 

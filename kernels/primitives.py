@@ -1,7 +1,8 @@
 """What the kernels share: loading and storing tiles of tokens, the bias of a pair, dropout.
 
-Names in all kernels: a row is a token that a tile computes for, a column one that it reads; `_tok` values are token
-indices, -1 in empty slots; `_at` values are pointers. Tile values say their shape, `[R, C]` or `[R, D]`.
+Names in all kernels: a row is a token that a tile computes for, a column one that it reads. A token is the base of its
+tile, `_base`, plus an offset that all tiles of a class share, `_off`, -1 in empty slots; `_at` values are pointers. Tile
+values say their shape, `[R, C]` or `[R, D]`.
 """
 
 import triton
@@ -10,53 +11,53 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Arguments of which no value is worth a kernel of its own.
-RUNTIME = ["batch", "batch_step", "tokens", "heads", "group", "bias_head", "keep_from", "max_chunks"]
+RUNTIME = ["guards", "batch", "batch_step", "tokens", "heads", "group", "bias_head", "keep_from", "max_chunks"]
 
 
 @triton.jit
-def load_tile(at, tok, stride, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+def load_tile(at, off, stride, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
     """Channels of some tokens of one head, `[tokens, BLOCK]`; zeros in empty slots and past the last channel."""
     channel = tl.arange(0, BLOCK)
-    mask = tok[:, None] >= 0
+    mask = off[:, None] >= 0
     if CHANNELS != BLOCK:
         mask &= channel[None, :] < CHANNELS
-    return tl.load(at + tok[:, None] * stride + channel[None, :], mask=mask, other=0.0)
+    return tl.load(at + off[:, None] * stride + channel[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def store_tile(at, tok, stride, tile, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+def store_tile(at, off, stride, tile, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
     """Writes the channels of some tokens of one head."""
     channel = tl.arange(0, BLOCK)
-    mask = tok[:, None] >= 0
+    mask = off[:, None] >= 0
     if CHANNELS != BLOCK:
         mask &= channel[None, :] < CHANNELS
-    tl.store(at + tok[:, None] * stride + channel[None, :], tile.to(at.dtype.element_ty), mask=mask)
+    tl.store(at + off[:, None] * stride + channel[None, :], tile.to(at.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def load_row(at, tok, stride):
+def load_row(at, off, stride):
     """One number per token of one head; zero in empty slots."""
-    return tl.load(at + tok * stride, mask=tok >= 0, other=0.0)
+    return tl.load(at + off * stride, mask=off >= 0, other=0.0)
 
 
 @triton.jit
-def store_row(at, tok, stride, values):
+def store_row(at, off, stride, values):
     """Writes one number per token of one head."""
-    tl.store(at + tok * stride, values, mask=tok >= 0)
+    tl.store(at + off * stride, values, mask=off >= 0)
 
 
 @triton.jit
-def load_pair(at, tok, stride):
+def load_pair(at, off, stride):
     """Two neighboring numbers per token of one head; zeros in empty slots."""
-    at = at + tok[:, None] * stride + tl.arange(0, 2)[None, :]
-    return tl.split(tl.load(at, mask=tok[:, None] >= 0, other=0.0))
+    at = at + off[:, None] * stride + tl.arange(0, 2)[None, :]
+    return tl.split(tl.load(at, mask=off[:, None] >= 0, other=0.0))
 
 
 @triton.jit
-def store_pair(at, tok, stride, first, second):
+def store_pair(at, off, stride, first, second):
     """Writes two neighboring numbers per token of one head."""
-    at = at + tok[:, None] * stride + tl.arange(0, 2)[None, :]
-    tl.store(at, tl.join(first, second), mask=tok[:, None] >= 0)
+    at = at + off[:, None] * stride + tl.arange(0, 2)[None, :]
+    tl.store(at, tl.join(first, second), mask=off[:, None] >= 0)
 
 
 @triton.jit
@@ -89,11 +90,33 @@ def pair_at(n, ROWS: tl.constexpr):
 
 
 @triton.jit
-def pair_bias(rpb, head_at, rel, inv_scale, HAS_BIAS: tl.constexpr):
+def sees(row_first, row_last, col_place, guards):
+    """Which columns each row sees.
+
+    A word holds one field per axis, each below a guard bit that its subtraction borrows from where a column lies before
+    the first or behind the last that a row sees on that axis.
+    """
+    return ((col_place - row_first) & (row_last - col_place) & guards) == guards
+
+
+@triton.jit
+def pair_bias(rpb, head_at, index, seen, inv_scale, HAS_BIAS: tl.constexpr):
     """What the logits' accumulator starts from: bias / scale, and -inf where a row does not see a column."""
     if HAS_BIAS:
-        return tl.load(rpb + head_at + rel, mask=rel >= 0, other=float("-inf")).to(tl.float32) * inv_scale
-    return tl.where(rel >= 0, 0.0, float("-inf"))
+        return tl.load(rpb + head_at + index, mask=seen, other=float("-inf")).to(tl.float32) * inv_scale
+    return tl.where(seen, 0.0, float("-inf"))
+
+
+@triton.jit
+def chunk_logits(
+    row_tile, col_tile, table, chunk_at, row_first, row_last, col_place, guards,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Logits over the scale of one of several chunks, `[R, C]`; without a bias there is no table to start from."""
+    if HAS_BIAS:
+        return dot(row_tile, tl.trans(col_tile), load_bias(table + chunk_at, ROWS, CHUNK), PRECISION)
+    seen = sees(row_first[:, None], row_last[:, None], col_place[None, :], guards)
+    return tl.where(seen, dot(row_tile, tl.trans(col_tile), None, PRECISION), float("-inf"))
 
 
 @triton.jit
@@ -105,6 +128,27 @@ def read_run(runs, heads):
 
 
 @triton.jit
+def read_rows(rows, tile_class, ROWS: tl.constexpr):
+    """Of the rows of a class, `[R]` each: offset, bias code, and the first and the last column that each sees."""
+    at = rows + tile_class * (4 * ROWS) + tl.arange(0, ROWS)
+    return tl.load(at), tl.load(at + ROWS), tl.load(at + 2 * ROWS), tl.load(at + 3 * ROWS)
+
+
+@triton.jit
+def read_columns(columns, tile_class, chunk, max_chunks, CHUNK: tl.constexpr):
+    """Of a chunk of a class's columns, `[C]` each: offset, bias code, and the place that `sees` compares."""
+    span = max_chunks * CHUNK
+    at = columns + tile_class * (3 * span) + chunk * CHUNK + tl.arange(0, CHUNK)
+    return tl.load(at), tl.load(at + span), tl.load(at + 2 * span)
+
+
+@triton.jit
+def read_bases(bases, tile):
+    """The tokens that the offsets of a tile's rows and columns count from."""
+    return tl.load(bases + 2 * tile).to(tl.int64), tl.load(bases + 2 * tile + 1).to(tl.int64)
+
+
+@triton.jit
 def drop(x, seed, keep_from, keep_scale, query_tok, key_tok, batch_head):
     """Applies dropout to `x`, with the same draw per pair as `dinat_triton.dropout`."""
     zero = tl.zeros_like((query_tok + key_tok).to(tl.int32))
@@ -113,17 +157,21 @@ def drop(x, seed, keep_from, keep_scale, query_tok, key_tok, batch_head):
     return tl.where(bits.to(tl.uint32, bitcast=True) >= keep_from.to(tl.uint32), x * keep_scale, 0.0)
 
 
-@triton.jit(do_not_specialize=["offsets", "max_chunks"])
+@triton.jit(do_not_specialize=["guards", "offsets", "max_chunks"])
 def table_kernel(
-    rpb, table, rel, offsets, max_chunks, scale,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    rpb, table, rows, columns, guards, offsets, max_chunks, scale,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Writes the bias of all pairs, chunk by chunk of a tile class. Grid (blocks of a chunk, chunks, heads)."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tile_class, chunk = tl.program_id(1) // max_chunks, tl.program_id(1) % max_chunks
     row, col = pair_at(place, ROWS)
-    rel_tile = tl.load(rel + (tile_class * ROWS + row) * max_chunks * CHUNK + chunk * CHUNK + col)
+    row_at = rows + tile_class * (4 * ROWS) + row
+    span = max_chunks * CHUNK
+    col_at = columns + tile_class * (3 * span) + chunk * CHUNK + col
+    index = tl.load(row_at + ROWS) + tl.load(col_at + span)
+    seen = sees(tl.load(row_at + 2 * ROWS), tl.load(row_at + 3 * ROWS), tl.load(col_at + 2 * span), guards)
     head = tl.program_id(2)
-    bias = pair_bias(rpb, head * offsets, rel_tile, 1 / scale, HAS_BIAS)
+    bias = pair_bias(rpb, head * offsets, index, seen, 1 / scale, True)
     chunk_of_head = head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     tl.store(table + chunk_of_head * (ROWS * CHUNK) + place, bias)

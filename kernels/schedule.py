@@ -13,12 +13,14 @@ from dinat_triton.geometry import Geometry
 from dinat_triton.kernels.configs import (
     ALL_REGISTERS,
     Architecture,
+    Config,
     architecture_of,
     choose_config,
     choose_plan,
     padded,
 )
 from dinat_triton.kernels.layout import Layout, layout_of
+from dinat_triton.plan import Plan
 
 # Multiply and add in one instruction; what Triton does by default differs from version to version.
 FUSION = {"enable_fp_fusion": True}
@@ -71,29 +73,37 @@ def problem_of(
     return Problem(geometry, batch, heads, kv_heads, dim, value_dim, dtype, device, precision, wide)
 
 
-@lru_cache(maxsize=512)
-def schedule_of(problem: Problem, name: str) -> Schedule:
-    """Shares a problem's work out among programs: over the batch first, then over tiles of one class."""
+def config_of(problem: Problem, name: str) -> Config:
     architecture = architecture_of(problem.device)
-    config = choose_config(
+    return choose_config(
         name, max(padded(problem.dim), padded(problem.value_dim)), problem.bits, architecture.name, architecture.device,
         problem.geometry, problem.batch * problem.heads,
     )  # fmt: skip
-    plan = choose_plan(problem.geometry, config, problem.dim * problem.bits // 8, name == "key_backward")
+
+
+def plan_of(problem: Problem, name: str) -> Plan:
+    token_bytes = problem.dim * problem.bits // 8
+    return choose_plan(problem.geometry, config_of(problem, name), token_bytes, name == "key_backward")
+
+
+@lru_cache(maxsize=512)
+def schedule_of(problem: Problem, name: str) -> Schedule:
+    """Shares a problem's work out among programs: over the batch first, then over tiles of one class."""
+    architecture, config, plan = architecture_of(problem.device), config_of(problem, name), plan_of(problem, name)
     heads = problem.kv_heads if name == "key_backward" else problem.heads
-    work = sum(len(c.row_tokens) for c in plan.classes) * heads * problem.batch
+    work = int(plan.shapes[:, 0].sum()) * heads * problem.batch
     items = max(1, work // (config.programs * architecture.multiprocessors))  # tiles of one batch item, per program
     batch_step = min(items, problem.batch)
     # Powers of two, so that batches of any size share few layouts.
     tiles_per_run = 1 << max(0, (items // problem.batch).bit_length() - 1)
     layout = layout_of(plan, tiles_per_run, problem.wide, problem.device)
-    warps = min(config.warps, _room(architecture, problem.bits, layout.rows, plan.chunk))
+    warps = min(config.warps, _room(architecture, problem.bits, layout.row_slots, plan.chunk))
     options = {
         "D": problem.dim,
         "DV": problem.value_dim,
         "BLOCK_D": padded(problem.dim),
         "BLOCK_DV": padded(problem.value_dim),
-        "ROWS": layout.rows,
+        "ROWS": layout.row_slots,
         "CHUNK": plan.chunk,
         "PRECISION": problem.precision,
         "num_warps": warps,
@@ -121,5 +131,7 @@ def _room(architecture: Architecture, bits: int, rows: int, chunk: int) -> int:
 @lru_cache(maxsize=512)
 def has_closed_backward(problem: Problem) -> bool:
     """Whether one pass does the whole backward: no two tiles share a key, and no two heads do."""
-    plan = schedule_of(problem, "closed_backward").layout
-    return problem.heads == problem.kv_heads and plan.max_chunks == 1 and plan.plan.is_closed
+    if problem.heads != problem.kv_heads:
+        return False
+    plan = plan_of(problem, "closed_backward")
+    return plan.largest[1] <= plan.chunk and plan.is_closed

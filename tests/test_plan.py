@@ -5,8 +5,9 @@ import time
 import numpy as np
 import pytest
 
+from dinat_triton.candidates import Candidates
 from dinat_triton.geometry import Geometry
-from dinat_triton.plan import MASKED, PADDING, Plan, tile_candidates
+from dinat_triton.plan import MASKED, Plan, tile_axis
 from tests.oracles import sampling
 
 SAMPLES = sampling.samples(120, seed=5, max_tokens=150)
@@ -20,11 +21,11 @@ def pairs_of(plan: Plan) -> list[tuple[int, int, int]]:
     """(row, column, bias index) of every pair that the plan's tiles evaluate and do not mask."""
     pairs = []
     for c in plan.classes:
-        row, column = np.nonzero(c.rel != MASKED)
-        rows, columns = c.row_tokens[:, row], c.col_tokens[:, column]
-        assert (rows != PADDING).all()
-        assert (columns != PADDING).all()
-        rel = np.broadcast_to(c.rel[row, column], rows.shape)
+        rel = c.rel()
+        row, column = np.nonzero(rel != MASKED)
+        rows, columns = c.row_base[:, None] + c.rows[row], c.col_base[:, None] + c.columns[column]
+        assert (c.row_code[row] + c.col_code[column] == rel[row, column]).all()
+        rel = np.broadcast_to(rel[row, column], rows.shape)
         pairs += zip(rows.ravel().tolist(), columns.ravel().tolist(), rel.ravel().tolist(), strict=True)
     return pairs
 
@@ -51,24 +52,50 @@ def test_every_token_is_a_row_once_and_columns_are_cut_to_the_span() -> None:
         g = geometry(sample)
         for transposed in (False, True):
             plan = Plan(g, (3,), transposed=transposed)
-            rows = np.concatenate([c.row_tokens.ravel() for c in plan.classes])
+            rows = np.concatenate([np.add.outer(c.row_base, c.rows).ravel() for c in plan.classes])
             assert sorted(rows.tolist()) == list(range(g.num_tokens))
             for c in plan.classes:
-                seen = c.rel != MASKED
+                seen = c.rel() != MASKED
                 if g.rank == 1:  # in N-D a product of spans can hold a column that a causal corner leaves unseen
                     assert seen.any(0).all(), sample
                 assert seen.any(1).all(), sample
 
 
+def test_a_class_finds_the_column_of_each_row_and_bias_index() -> None:
+    for sample in SAMPLES:
+        for transposed in (False, True):
+            for c in Plan(geometry(sample), (4,), transposed=transposed).classes:
+                rel, column_of = c.rel(), c.column_of()
+                row, column = np.nonzero(rel != MASKED)
+                assert (column_of[rel[row, column], row] == column).all()
+                assert (column_of != MASKED).sum() == len(row)
+
+
+def test_candidates_count_what_their_plans_hold() -> None:
+    for sample in SAMPLES:
+        for transposed in (False, True):
+            found = Candidates(geometry(sample), 16, transposed)
+            chunk = 4 + np.arange(len(found.tiles)) % 5
+            counts = np.stack((found.scores, found.col_loads, found.table_entries, found.launches), 1)
+            for i, tile in enumerate(found.tiles.tolist()):
+                plan = Plan(geometry(sample), tuple(tile), transposed=transposed)
+                cost = plan.cost()
+                exact = (cost.scores, cost.col_loads, cost.table_entries, cost.launches)
+                assert tuple(counts[i]) == exact, (sample, tile)
+                assert (found.rows[i], found.columns[i]) == plan.largest
+                padded = Plan(plan.geometry, plan.tile, plan.largest[0], int(chunk[i]), transposed).cost().scores
+                assert found.padded_columns(chunk)[i] * plan.largest[0] == padded
+
+
 def test_cost_counts_what_the_arrays_hold() -> None:
     for sample in SAMPLES:
-        plan = Plan(geometry(sample), (4,), chunk=4)
+        plan = Plan(geometry(sample), (4,))
         cost = plan.cost()
-        assert cost.scores == sum(len(c.row_tokens) * c.rel.size for c in plan.classes)
+        assert cost.scores == sum(c.tiles * c.rel().size for c in plan.classes)
         assert cost.useful_scores == len(pairs_of(plan))
         assert cost.queries == plan.geometry.num_tokens
-        assert cost.col_loads == sum((c.col_tokens != PADDING).sum() for c in plan.classes)
-        assert cost.table_entries == sum(c.rel.size for c in plan.classes)
+        assert cost.col_loads == sum(len(c.col_base) * len(c.columns) for c in plan.classes)
+        assert cost.table_entries == sum(c.rel().size for c in plan.classes)
         assert cost.launches == len(plan.classes)
         assert cost.scores_per_query >= cost.useful_per_query
         floor, loaded = cost.bytes(batch=2, heads=3, dim=8, itemsize=2)
@@ -80,7 +107,7 @@ def test_dilated_layers_at_224_are_dense() -> None:
     """Every residue class of 56x56 under k=7, d=8 is 7x7: one class of tiles, no score wasted, nothing shared."""
     plan = Plan(Geometry((56, 56), (7,), (8,)), (7,))
     assert len(plan.classes) == 1
-    assert plan.classes[0].rel.shape == (49, 49)
+    assert plan.classes[0].rel().shape == (49, 49)
     assert plan.cost().scores_per_query == 49
     assert plan.is_closed
     assert not Plan(Geometry((56, 56), (7,)), (7,)).is_closed
@@ -94,10 +121,10 @@ def test_even_maps_share_few_pictures() -> None:
 
 def test_candidates_cut_evenly_and_respect_the_limit() -> None:
     g = Geometry((56, 56), (7,), stride=(2,))
-    candidates = tile_candidates(g, 64)
-    assert (8, 8) in candidates
+    candidates = Candidates(g, 64).tiles.tolist()
+    assert [8, 8] in candidates
     assert all(a * b <= 64 and a % 2 == 0 and b % 2 == 0 for a, b in candidates)
-    assert tile_candidates(Geometry((9, 9), (3,), stride=(3,)), 1) == [(3, 3)]  # a stride's queries stay together
+    assert Candidates(Geometry((9, 9), (3,), stride=(3,)), 1).tiles.tolist() == [[3, 3]]  # a stride's queries stay together
 
 
 @pytest.mark.parametrize(
@@ -114,7 +141,8 @@ def test_plans_are_quick(geometry: Geometry, tile: tuple[int, ...], seconds: flo
 
     def once() -> float:
         start = time.process_time()
-        _ = Plan(geometry, tile).classes
+        tile_axis.cache_clear()
+        _ = [(c.rows, c.columns, c.row_base, c.col_base) for c in Plan(geometry, tile).classes]
         return time.process_time() - start
 
     assert min(once() for _ in range(7)) < seconds
