@@ -249,6 +249,10 @@ class Plan:
         return np.array(counts, dtype=np.int64).prod(1)
 
     @property
+    def num_tiles(self) -> int:
+        return int(self.shapes[:, 0].sum())
+
+    @property
     def largest(self) -> tuple[int, int]:
         """The most rows and the most columns of any tile, without padding."""
         _, rows, columns = self.shapes.max(0).tolist()

@@ -27,7 +27,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from dinat_triton.geometry import Geometry, IntArray
-from dinat_triton.plan import MASKED, PADDING, Plan
+from dinat_triton.plan import MASKED, Plan
 from dinat_triton.receptive_field import Field, Layer, field, growth
 
 PAPER, INK, CELL = "#ffffff", "#222222", "#e9e9e9"
@@ -250,7 +250,7 @@ def tile_of(plan: Plan, row: Position) -> tuple[int, int]:
     """The tile that holds a row: its class, and its place among that class's tiles."""
     token = plan.geometry.token_at(row)
     for number, tiles in enumerate(plan.classes):
-        found = np.nonzero((tiles.row_tokens == token).any(1))[0]
+        found = np.flatnonzero(np.isin(token - tiles.row_base, tiles.rows))
         if len(found):
             return number, int(found[0])
     raise AssertionError(f"no tile of the plan holds {row}")
@@ -260,8 +260,7 @@ def tile_tokens(plan: Plan, row: Position) -> tuple[IntArray, IntArray]:
     """Rows of the tile that holds a row, and the columns it loads."""
     number, place = tile_of(plan, row)
     tiles = plan.classes[number]
-    rows, columns = (tokens[place] for tokens in (tiles.row_tokens, tiles.col_tokens))
-    return rows[rows != PADDING], columns[columns != PADDING]
+    return tiles.row_base[place] + tiles.rows, tiles.col_base[place] + tiles.columns
 
 
 def tile_cells(plan: Plan, row: Position) -> IntArray:
@@ -277,7 +276,7 @@ def class_map(plan: Plan) -> IntArray:
     """The class of the tile that holds each token of the map."""
     classes = np.empty(plan.geometry.num_tokens, dtype=np.int64)
     for number, tiles in enumerate(plan.classes):
-        classes[tiles.row_tokens[tiles.row_tokens != PADDING]] = number
+        classes[np.add.outer(tiles.row_base, tiles.rows)] = number
     return classes.reshape(plan.geometry.shape)
 
 
@@ -295,8 +294,7 @@ def plot_classes(plan: Plan, ax: Axes | None = None) -> Figure:
         shade = PAPER if number >= count / 3 else INK
         for y, x in cells if mosaic.size <= 200 else cells[[nearest]]:
             ax.text(x + 0.5, y + 0.5, f"{number}", ha="center", va="center", fontsize=6, color=shade)
-    tiles = sum(len(c.row_tokens) for c in plan.classes)
-    _title(ax, f"{tiles} tiles in {count} class{'es' * (count > 1)}")
+    _title(ax, f"{plan.num_tiles} tiles in {count} class{'es' * (count > 1)}")
     return _figure(ax)
 
 
@@ -318,7 +316,7 @@ def plot_tile(plan: Plan, row: Position | None = None, ax: Axes | None = None) -
 @styled
 def plot_tile_pairs(plan: Plan, number: int, ax: Axes | None = None) -> Figure:
     """The picture that the tiles of a class share: who sees whom, and by which entry of the bias."""
-    rel = plan.classes[number].rel
+    rel = plan.classes[number].rel()
     ax = ax or _canvas(rel.shape)
     _draw_relative(ax, rel, plan.geometry.num_offsets)
     useful = int((rel != MASKED).sum())

@@ -91,7 +91,7 @@ def schedule_of(problem: Problem, name: str) -> Schedule:
     """Shares a problem's work out among programs: over the batch first, then over tiles of one class."""
     architecture, config, plan = architecture_of(problem.device), config_of(problem, name), plan_of(problem, name)
     heads = problem.kv_heads if name == "key_backward" else problem.heads
-    work = int(plan.shapes[:, 0].sum()) * heads * problem.batch
+    work = plan.num_tiles * heads * problem.batch
     items = max(1, work // (config.programs * architecture.multiprocessors))  # tiles of one batch item, per program
     batch_step = min(items, problem.batch)
     # Powers of two, so that batches of any size share few layouts.

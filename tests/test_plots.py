@@ -201,7 +201,7 @@ def test_plan_figures_show_the_plan(number: int, transposed: bool) -> None:
 
     number_of = unmosaic(drawn(classes), geometry.shape).ravel()
     assert len(set(number_of[rows])) == 1
-    rel = plan.classes[int(number_of[token])].rel
+    rel = plan.classes[int(number_of[token])].rel()
     shown = drawn(pairs)
     np.testing.assert_array_equal(shown.filled(MASKED), rel)
     assert f"{matrix[rows].sum()} of {rel.size} scores useful" in pairs.get_title()
@@ -212,8 +212,8 @@ def test_costs_are_the_plans() -> None:
     scores, loads, useful = plots.plot_cost(geometry, tiles).axes[0].get_lines()
     for tile, drawn_scores, drawn_loads in zip(tiles, scores.get_ydata(), loads.get_ydata(), strict=True):
         plan = Plan(geometry, tile)
-        assert drawn_scores == sum(len(c.row_tokens) * c.rel.size for c in plan.classes) / 280
-        assert drawn_loads == sum(c.col_tokens.size for c in plan.classes) / 280
+        assert drawn_scores == sum(c.tiles * c.rel().size for c in plan.classes) / 280
+        assert drawn_loads == sum(c.tiles * len(c.columns) for c in plan.classes) / 280
     assert set(useful.get_ydata()) == {15}
 
 

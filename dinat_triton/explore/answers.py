@@ -14,7 +14,7 @@ import numpy as np
 from dinat_triton import plots
 from dinat_triton import receptive_field as receptive
 from dinat_triton.geometry import Geometry
-from dinat_triton.plan import Plan
+from dinat_triton.plan import MASKED, Plan
 
 # What a browser still draws at ease, and a request still answers at once.
 MAX_TOKENS, MAX_SIDE, MAX_LAYERS, MAX_PAIRS = 4096, 512, 24, 1 << 21
@@ -135,15 +135,16 @@ def plan(fields: _Fields) -> Answer:
         raise ValueError(f"tiles of {own.tile} have {pairs} pairs over all classes; this page shows up to {MAX_PAIRS}")
     rows, columns = plots.tile_tokens(own, position)
     number, _ = plots.tile_of(own, position)
+    rel = own.classes[number].rel()
     return {
         "tile": own.tile,
         "class": number,
         "rows": rows.tolist(),
         "columns": columns.tolist(),
-        "useful": int((own.classes[number].rel >= 0).sum()),
-        "evaluated": int(own.classes[number].rel.size),
+        "useful": int((rel != MASKED).sum()),
+        "evaluated": rel.size,
         "classes": plots.class_map(own).ravel().tolist(),
-        "count": {"classes": len(own.classes), "tiles": sum(len(c.row_tokens) for c in own.classes)},
+        "count": {"classes": len(own.classes), "tiles": own.num_tiles},
         "costs": _costs(geometry),
         "cost": _cost(own),
     }

@@ -85,7 +85,7 @@ class Step:
         flops = 2 * traffic.products * scores * self.layer.dim
         warps = self.launch.options["num_warps"]
         steps = scores / (self.launch.constants["ROWS"] * self.launch.constants["CHUNK"])
-        tiles = len(self.schedule.layout.row_tokens) * maps
+        tiles = self.schedule.layout.plan.num_tiles * maps
         items = tiles if self.reads_table else 0  # else a step is an item's only one
         instructions = steps * report.chunk_length + items * report.item_length
         exchanged = warps * (steps * report.chunk_exchange + items * report.item_exchange)
