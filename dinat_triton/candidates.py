@@ -16,6 +16,10 @@ from dinat_triton.geometry import Axis, Geometry, IntArray
 from dinat_triton.plan import border_margin
 
 
+# Axes are cut for tiles of so many rows at least, so that passes with smaller tiles share what was counted.
+SHARED_ROWS = 64
+
+
 @dataclass(frozen=True, eq=False)
 class AxisRuns:
     """An axis cut into runs of several lengths. Each entry stands for tiles of one shape under one of the lengths."""
@@ -113,7 +117,7 @@ class Candidates:
 
     def __init__(self, geometry: Geometry, most_rows: int, transposed: bool = False):
         self.geometry = geometry
-        self._axes = [cut_axis(axis, most_rows, transposed) for axis in geometry.axes]
+        self._axes = [cut_axis(axis, max(most_rows, SHARED_ROWS), transposed) for axis in geometry.axes]
         index = np.indices([len(axis.lengths) for axis in self._axes]).reshape(geometry.rank, -1)
         rows = prod(axis.lengths[i] for axis, i in zip(self._axes, index, strict=True))
         fits = rows <= most_rows

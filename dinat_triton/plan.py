@@ -26,7 +26,6 @@ from dinat_triton.geometry import (
     broadcast_ints,
     outer_index,
     outer_sum,
-    row_major_strides,
 )
 
 MASKED = -1  # in rel: the row does not see this column
@@ -153,24 +152,9 @@ class TileClass:
     def tiles(self) -> int:
         return prod(axis.tiles for axis in self.axes)
 
-    @property
-    def row_code(self) -> IntArray:
-        """`[rows]`: what a pair's row adds to its bias index."""
-        return outer_sum([axis.row_code for axis in self.axes], row_major_strides(self.geometry.bias_shape))
-
-    @property
-    def col_code(self) -> IntArray:
-        """`[columns]`: what a pair's column adds to its bias index."""
-        return outer_sum([axis.col_code for axis in self.axes], row_major_strides(self.geometry.bias_shape))
-
     def rel(self) -> IntArray:
         """Bias index of each pair, `[rows, columns]`, or MASKED, written out."""
         return outer_index([axis.rel() for axis in self.axes], self.geometry.bias_shape)
-
-    def column_of(self) -> IntArray:
-        """The column with which each row has each bias index, `[offsets, rows]`, or MASKED."""
-        per_axis = zip(self.axes, self.geometry.bias_shape, strict=True)
-        return outer_index([axis.column_of(n) for axis, n in per_axis], [axis.columns for axis in self.axes])
 
     def _offsets(self, counts: list[int]) -> IntArray:
         steps = zip(self.geometry.dilation, self.geometry.token_strides, strict=True)
@@ -237,16 +221,23 @@ class Plan:
             raise ValueError(f"block must hold the {self.largest[0]} rows of a {self.tile} tile, got {self.block}")
 
     @cached_property
-    def classes(self) -> tuple[TileClass, ...]:
+    def axes(self) -> tuple[tuple[AxisTiles, ...], ...]:
+        """The classes along each axis; the classes of the plan are their product."""
         axes = zip(self.geometry.axes, self.tile, strict=True)
-        per_axis = [tile_axis(axis, tile, self.transposed) for axis, tile in axes]
-        return tuple(TileClass(self.geometry, combination) for combination in product(*per_axis))
+        return tuple(tile_axis(axis, tile, self.transposed) for axis, tile in axes)
+
+    @cached_property
+    def classes(self) -> tuple[TileClass, ...]:
+        return tuple(TileClass(self.geometry, combination) for combination in product(*self.axes))
 
     @cached_property
     def shapes(self) -> IntArray:
         """`[classes, 3]`: tiles, rows and columns of each class, without padding."""
-        counts = [[(axis.tiles, axis.rows, axis.columns) for axis in c.axes] for c in self.classes]
-        return np.array(counts, dtype=np.int64).prod(1)
+        shapes = np.ones((1, 3), dtype=np.int64)
+        for axis in self.axes:
+            own = np.array([(tiles.tiles, tiles.rows, tiles.columns) for tiles in axis])
+            shapes = (shapes[:, None] * own).reshape(-1, 3)
+        return shapes
 
     @property
     def num_tiles(self) -> int:
@@ -274,5 +265,5 @@ class Plan:
             useful_scores=self.geometry.num_pairs,
             col_loads=int((tiles * columns).sum()),
             table_entries=int(slots.sum()),
-            launches=len(self.classes),
+            launches=len(tiles),
         )

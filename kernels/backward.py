@@ -58,42 +58,44 @@ def closed_backward_kernel(
 
     for tile in range(first, end):
         row_base, col_base = read_bases(bases, tile)
+        row_tok = row_base + row_off
+        col_tok = col_base + col_off
         for item in tl.range(first_item, end_item, disable_licm=True):
             i = tl.cast(item, tl.int64)
-            row_at = (i * tokens + row_base) * heads + head
-            q_tile = load_tile(q + i * q_batch + row_base * q_token + head * q_head, row_off, q_token, D, BLOCK_D)
-            k_tile = load_tile(k + i * k_batch + col_base * k_token + head * k_head, col_off, k_token, D, BLOCK_D)
-            v_tile = load_tile(v + i * v_batch + col_base * v_token + head * v_head, col_off, v_token, DV, BLOCK_DV)
-            do_at = grad_out + i * do_batch + row_base * do_token + head * do_head
-            do_tile = load_tile(do_at, row_off, do_token, DV, BLOCK_DV)  # [R, DV]
+            row_at = i * tokens * heads + head
+            q_tile = load_tile(q + i * q_batch + head * q_head, row_tok, q_token, D, BLOCK_D)
+            k_tile = load_tile(k + i * k_batch + head * k_head, col_tok, k_token, D, BLOCK_D)
+            v_tile = load_tile(v + i * v_batch + head * v_head, col_tok, v_token, DV, BLOCK_DV)
+            do_at = grad_out + i * do_batch + head * do_head
+            do_tile = load_tile(do_at, row_tok, do_token, DV, BLOCK_DV)  # [R, DV]
 
             s = dot(q_tile, tl.trans(k_tile), bias, PRECISION)  # [R, C]
-            p = tl.exp2(s * to_log2 - (load_row(lse + row_at, row_off, heads) * LOG2E)[:, None])
-            draw_row, draw_col = (row_base + row_off)[:, None], (col_base + col_off)[None, :]
+            p = tl.exp2(s * to_log2 - (load_row(lse + row_at, row_tok, heads) * LOG2E)[:, None])
+            draw_row, draw_col = row_tok[:, None], col_tok[None, :]
             draw_head = item * heads + head
             dropped = p
             if DROPOUT:
                 dropped = drop(p, seed, keep_from, keep_scale, draw_row, draw_col, draw_head)
             # Before dP: the copy of P that goes into this product is gone when dP needs its registers.
             dv_tile = dot(tl.trans(dropped.to(do_tile.dtype)), do_tile, None, PRECISION)  # [C, DV]
-            dv_at = grad_v + i * dv_batch + col_base * dv_token + head * dv_head
-            store_tile(dv_at, col_off, dv_token, dv_tile, DV, BLOCK_DV)
+            dv_at = grad_v + i * dv_batch + head * dv_head
+            store_tile(dv_at, col_tok, dv_token, dv_tile, DV, BLOCK_DV)
             dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)  # [R, C]
             if DROPOUT:
                 dp = drop(dp, seed, keep_from, keep_scale, draw_row, draw_col, draw_head)
             delta = tl.sum(p * dp, 1)
             if HAS_GRAD_LSE:
-                delta -= load_row(grad_lse + row_at, row_off, heads)
+                delta -= load_row(grad_lse + row_at, row_tok, heads)
             ds = p * (dp - delta[:, None])
             if HAS_BIAS:
                 grad_bias += ds
             ds = ds.to(q_tile.dtype)
             dq_tile = dot(ds, k_tile, None, PRECISION) * scale  # [R, D]
-            dq_at = grad_q + i * dq_batch + row_base * dq_token + head * dq_head
-            store_tile(dq_at, row_off, dq_token, dq_tile, D, BLOCK_D)
+            dq_at = grad_q + i * dq_batch + head * dq_head
+            store_tile(dq_at, row_tok, dq_token, dq_tile, D, BLOCK_D)
             dk_tile = dot(tl.trans(ds), q_tile, None, PRECISION) * scale  # [C, D]
-            dk_at = grad_k + i * dk_batch + col_base * dk_token + head * dk_head
-            store_tile(dk_at, col_off, dk_token, dk_tile, D, BLOCK_D)
+            dk_at = grad_k + i * dk_batch + head * dk_head
+            store_tile(dk_at, col_tok, dk_token, dk_tile, D, BLOCK_D)
 
     if HAS_BIAS:
         program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
@@ -102,11 +104,11 @@ def closed_backward_kernel(
 
 @triton.jit
 def grad_probabilities(
-    s, do_tile, v_at, v_token, col_off, row_lse2, to_log2, seed, keep_from, keep_scale, row_tok, col_tok, batch_head,
+    s, do_tile, v_at, v_token, row_lse2, to_log2, seed, keep_from, keep_scale, row_tok, col_tok, batch_head,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """P and dP of one chunk of columns, `[R, C]`."""
-    v_tile = load_tile(v_at, col_off, v_token, DV, BLOCK_DV)  # [C, DV]
+    v_tile = load_tile(v_at, col_tok, v_token, DV, BLOCK_DV)  # [C, DV]
     p = tl.exp2(s * to_log2 - row_lse2[:, None])
     dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)  # [R, C]
     if DROPOUT:
@@ -134,44 +136,47 @@ def query_backward_kernel(
     head, tile_class, first, end, chunks = read_run(runs, heads)
     first_item = tl.program_id(1) * batch_step
     end_item = tl.minimum(first_item + batch_step, batch)
-    first_chunk = tl.program_id(2)
     row_off, row_code, row_first, row_last = read_rows(rows, tile_class, ROWS)
     if ALL_CHUNKS:
         class_at = tl.multiple_of(head.to(tl.int64) * bias_head, 16) + tile_class * (ROWS * CHUNK) * max_chunks
     else:
-        col_off, col_code, col_place = read_columns(columns, tile_class, first_chunk, max_chunks, CHUNK)
+        col_off, col_code, col_place = read_columns(columns, tile_class, tl.program_id(2), max_chunks, CHUNK)
         seen = sees(row_first[:, None], row_last[:, None], col_place[None, :], guards)
         index = row_code[:, None] + col_code[None, :]
         bias = pair_bias(bias_source, head * bias_head, index, seen, 1 / scale, HAS_BIAS)  # [R, C]
     to_log2 = scale * LOG2E
     grad_bias = tl.zeros((ROWS, CHUNK), tl.float32)
 
-    for tile in range(first, end):
+    for tile in tl.range(first, end, disable_licm=True):
         row_base, col_base = read_bases(bases, tile)
+        row_tok = row_base + row_off
+        if not ALL_CHUNKS:
+            col_tok = col_base + col_off
         for item in tl.range(first_item, end_item, disable_licm=True):
             i = tl.cast(item, tl.int64)
-            row_at = (i * tokens + row_base) * heads + head
-            q_tile = load_tile(q + i * q_batch + row_base * q_token + head * q_head, row_off, q_token, D, BLOCK_D)
-            do_at = grad_out + i * do_batch + row_base * do_token + head * do_head
-            do_tile = load_tile(do_at, row_off, do_token, DV, BLOCK_DV)  # [R, DV]
-            k_at = k + i * k_batch + col_base * k_token + head // group * k_head
-            v_at = v + i * v_batch + col_base * v_token + head // group * v_head
+            row_at = i * tokens * heads + head
+            q_tile = load_tile(q + i * q_batch + head * q_head, row_tok, q_token, D, BLOCK_D)
+            do_at = grad_out + i * do_batch + head * do_head
+            do_tile = load_tile(do_at, row_tok, do_token, DV, BLOCK_DV)  # [R, DV]
+            k_at = k + i * k_batch + head // group * k_head
+            v_at = v + i * v_batch + head // group * v_head
             if GRAD_QUERY:
-                row_lse2 = load_row(lse + row_at, row_off, heads) * LOG2E
+                row_lse2 = load_row(lse + row_at, row_tok, heads) * LOG2E
                 delta = tl.zeros((ROWS,), tl.float32)
                 if HAS_GRAD_LSE:
-                    delta -= load_row(grad_lse + row_at, row_off, heads)
+                    delta -= load_row(grad_lse + row_at, row_tok, heads)
                 if ALL_CHUNKS:
-                    out_tile = load_tile(out + row_at * DV, row_off, heads * DV, DV, BLOCK_DV)  # [R, DV]
+                    out_tile = load_tile(out + row_at * DV, row_tok, heads * DV, DV, BLOCK_DV)  # [R, DV]
                     delta += tl.sum(out_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
-                    store_pair(stats + 2 * row_at, row_off, 2 * heads, row_lse2, delta)
+                    store_pair(stats + 2 * row_at, row_tok, 2 * heads, row_lse2, delta)
             else:
-                row_lse2, delta = load_pair(stats + 2 * row_at, row_off, 2 * heads)
+                row_lse2, delta = load_pair(stats + 2 * row_at, row_tok, 2 * heads)
             dq_tile = tl.zeros((ROWS, BLOCK_D), tl.float32)
             for chunk in range(chunks if ALL_CHUNKS else 1):
                 if ALL_CHUNKS:
                     col_off, col_code, col_place = read_columns(columns, tile_class, chunk, max_chunks, CHUNK)
-                k_tile = load_tile(k_at, col_off, k_token, D, BLOCK_D)  # [C, D]
+                    col_tok = col_base + col_off
+                k_tile = load_tile(k_at, col_tok, k_token, D, BLOCK_D)  # [C, D]
                 if ALL_CHUNKS:
                     s = chunk_logits(
                         q_tile, k_tile, bias_source, class_at + chunk * (ROWS * CHUNK),
@@ -180,25 +185,25 @@ def query_backward_kernel(
                 else:
                     s = dot(q_tile, tl.trans(k_tile), bias, PRECISION)  # [R, C]
                 p, dp = grad_probabilities(
-                    s, do_tile, v_at, v_token, col_off, row_lse2, to_log2,
-                    seed, keep_from, keep_scale, row_base + row_off, col_base + col_off, item * heads + head,
+                    s, do_tile, v_at, v_token, row_lse2, to_log2,
+                    seed, keep_from, keep_scale, row_tok, col_tok, item * heads + head,
                     DV, BLOCK_DV, DROPOUT, PRECISION,
                 )  # fmt: skip
                 if GRAD_QUERY and not ALL_CHUNKS:
                     delta += tl.sum(p * dp, 1)
-                    store_pair(stats + 2 * row_at, row_off, 2 * heads, row_lse2, delta)
+                    store_pair(stats + 2 * row_at, row_tok, 2 * heads, row_lse2, delta)
                 ds = p * (dp - delta[:, None])
                 if GRAD_BIAS:
                     grad_bias += ds
                 if GRAD_QUERY:
                     dq_tile = dot(ds.to(k_tile.dtype), k_tile, dq_tile, PRECISION)
             if GRAD_QUERY:
-                dq_at = grad_q + i * dq_batch + row_base * dq_token + head * dq_head
-                store_tile(dq_at, row_off, dq_token, dq_tile * scale, D, BLOCK_D)
+                dq_at = grad_q + i * dq_batch + head * dq_head
+                store_tile(dq_at, row_tok, dq_token, dq_tile * scale, D, BLOCK_D)
 
     if GRAD_BIAS:
         program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-        row, col = tl.arange(0, ROWS), first_chunk * CHUNK + tl.arange(0, CHUNK)
+        row, col = tl.arange(0, ROWS), tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
         tl.store(grad_pairs + (program * ROWS + row[:, None]) * (max_chunks * CHUNK) + col[None, :], grad_bias)
 
 
@@ -225,31 +230,33 @@ def key_backward_kernel(
 
     for tile in range(first, end):
         row_base, col_base = read_bases(bases, tile)
+        row_tok = row_base + row_off
         for item in tl.range(first_item, end_item, disable_licm=True):
             i = tl.cast(item, tl.int64)
-            k_at = k + i * k_batch + row_base * k_token + kv_head * k_head
-            k_tile = load_tile(k_at, row_off, k_token, D, BLOCK_D)  # [R, D]
-            v_at = v + i * v_batch + row_base * v_token + kv_head * v_head
-            v_tile = load_tile(v_at, row_off, v_token, DV, BLOCK_DV)  # [R, DV]
+            k_at = k + i * k_batch + kv_head * k_head
+            k_tile = load_tile(k_at, row_tok, k_token, D, BLOCK_D)  # [R, D]
+            v_at = v + i * v_batch + kv_head * v_head
+            v_tile = load_tile(v_at, row_tok, v_token, DV, BLOCK_DV)  # [R, DV]
             dk_tile = tl.zeros((ROWS, BLOCK_D), tl.float32)
             dv_tile = tl.zeros((ROWS, BLOCK_DV), tl.float32)
             for head in range(kv_head * group, kv_head * group + group):
                 class_at = tl.multiple_of(tl.cast(head, tl.int64) * bias_head, 16)
                 class_at += tile_class * (ROWS * CHUNK) * max_chunks
-                col_at = (i * tokens + col_base) * heads + head
-                q_at = q + i * q_batch + col_base * q_token + head * q_head
-                do_at = grad_out + i * do_batch + col_base * do_token + head * do_head
+                col_at = i * tokens * heads + head
+                q_at = q + i * q_batch + head * q_head
+                do_at = grad_out + i * do_batch + head * do_head
                 for chunk in range(chunks):
                     col_off, col_code, col_place = read_columns(columns, tile_class, chunk, max_chunks, CHUNK)
-                    q_tile = load_tile(q_at, col_off, q_token, D, BLOCK_D)  # [C, D]
-                    do_tile = load_tile(do_at, col_off, do_token, DV, BLOCK_DV)  # [C, DV]
-                    col_lse2, delta = load_pair(stats + 2 * col_at, col_off, 2 * heads)
+                    col_tok = col_base + col_off
+                    q_tile = load_tile(q_at, col_tok, q_token, D, BLOCK_D)  # [C, D]
+                    do_tile = load_tile(do_at, col_tok, do_token, DV, BLOCK_DV)  # [C, DV]
+                    col_lse2, delta = load_pair(stats + 2 * col_at, col_tok, 2 * heads)
                     s = chunk_logits(
                         k_tile, q_tile, table, class_at + chunk * (ROWS * CHUNK),
                         row_first, row_last, col_place, guards, ROWS, CHUNK, HAS_BIAS, PRECISION,
                     )  # fmt: skip
                     p = tl.exp2(s * to_log2 - col_lse2[None, :])
-                    draw_row, draw_col = (row_base + row_off)[:, None], (col_base + col_off)[None, :]
+                    draw_row, draw_col = row_tok[:, None], col_tok[None, :]
                     draw_head = item * heads + head
                     dropped = p
                     if DROPOUT:
@@ -261,10 +268,10 @@ def key_backward_kernel(
                         dp = drop(dp, seed, keep_from, keep_scale, draw_col, draw_row, draw_head)
                     ds = p * (dp - delta[None, :])
                     dk_tile = dot(ds.to(q_tile.dtype), q_tile, dk_tile, PRECISION)
-            dk_at = grad_k + i * dk_batch + row_base * dk_token + kv_head * dk_head
-            store_tile(dk_at, row_off, dk_token, dk_tile * scale, D, BLOCK_D)
-            dv_at = grad_v + i * dv_batch + row_base * dv_token + kv_head * dv_head
-            store_tile(dv_at, row_off, dv_token, dv_tile, DV, BLOCK_DV)
+            dk_at = grad_k + i * dk_batch + kv_head * dk_head
+            store_tile(dk_at, row_tok, dk_token, dk_tile * scale, D, BLOCK_D)
+            dv_at = grad_v + i * dv_batch + kv_head * dv_head
+            store_tile(dv_at, row_tok, dv_token, dv_tile, DV, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=["programs", "splits", "heads", "pairs"])

@@ -27,11 +27,11 @@ LOWEST = tl.constexpr(-1e30)
 
 @triton.jit
 def attend(
-    s, v_at, v_token, col_off, m, total, acc, to_log2, seed, keep_from, keep_scale, row_tok, col_tok, batch_head,
+    s, v_at, v_token, m, total, acc, to_log2, seed, keep_from, keep_scale, row_tok, col_tok, batch_head,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, ONLINE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attends to one chunk of columns; ONLINE adds it to the maximum, sum and output of the chunks before."""
-    v_tile = load_tile(v_at, col_off, v_token, DV, BLOCK_DV)  # [C, DV]
+    v_tile = load_tile(v_at, col_tok, v_token, DV, BLOCK_DV)  # [C, DV]
     m_next = tl.max(s, 1)
     if ONLINE:
         m_next = tl.maximum(m, m_next)
@@ -78,35 +78,39 @@ def forward_kernel(
 
     for tile in range(first, end):
         row_base, col_base = read_bases(bases, tile)
+        row_tok = row_base + row_off
+        if ONE_CHUNK:
+            col_tok = col_base + col_off
         for item in tl.range(first_item, end_item, disable_licm=True):
             i = tl.cast(item, tl.int64)
-            q_tile = load_tile(q + i * q_batch + row_base * q_token + head * q_head, row_off, q_token, D, BLOCK_D)
-            k_at = k + i * k_batch + col_base * k_token + kv_head * k_head
-            v_at = v + i * v_batch + col_base * v_token + kv_head * v_head
+            q_tile = load_tile(q + i * q_batch + head * q_head, row_tok, q_token, D, BLOCK_D)
+            k_at = k + i * k_batch + kv_head * k_head
+            v_at = v + i * v_batch + kv_head * v_head
             m = tl.full((ROWS,), LOWEST, tl.float32)
             total = tl.zeros((ROWS,), tl.float32)
             acc = tl.zeros((ROWS, BLOCK_DV), tl.float32)
             if ONE_CHUNK:
                 # The bias is the accumulator: adding it after the product would compute exponentials in two layouts.
-                s = dot(q_tile, tl.trans(load_tile(k_at, col_off, k_token, D, BLOCK_D)), bias, PRECISION)  # [R, C]
+                s = dot(q_tile, tl.trans(load_tile(k_at, col_tok, k_token, D, BLOCK_D)), bias, PRECISION)  # [R, C]
                 m, total, acc = attend(
-                    s, v_at, v_token, col_off, m, total, acc, to_log2,
-                    seed, keep_from, keep_scale, row_base + row_off, col_base + col_off, item * heads + head,
+                    s, v_at, v_token, m, total, acc, to_log2,
+                    seed, keep_from, keep_scale, row_tok, col_tok, item * heads + head,
                     DV, BLOCK_DV, False, DROPOUT, PRECISION,
                 )  # fmt: skip
             else:
                 for chunk in range(chunks):
                     col_off, col_code, col_place = read_columns(columns, tile_class, chunk, max_chunks, CHUNK)
-                    k_tile = load_tile(k_at, col_off, k_token, D, BLOCK_D)  # [C, D]
+                    col_tok = col_base + col_off
+                    k_tile = load_tile(k_at, col_tok, k_token, D, BLOCK_D)  # [C, D]
                     s = chunk_logits(
                         q_tile, k_tile, bias_source, class_at + chunk * (ROWS * CHUNK),
                         row_first, row_last, col_place, guards, ROWS, CHUNK, HAS_BIAS, PRECISION,
                     )  # fmt: skip
                     m, total, acc = attend(
-                        s, v_at, v_token, col_off, m, total, acc, to_log2,
-                        seed, keep_from, keep_scale, row_base + row_off, col_base + col_off, item * heads + head,
+                        s, v_at, v_token, m, total, acc, to_log2,
+                        seed, keep_from, keep_scale, row_tok, col_tok, item * heads + head,
                         DV, BLOCK_DV, True, DROPOUT, PRECISION,
                     )  # fmt: skip
-            row_at = (i * tokens + row_base) * heads + head  # out and lse are contiguous, heads after tokens
-            store_tile(out + row_at * DV, row_off, heads * DV, acc * (1 / total)[:, None], DV, BLOCK_DV)
-            store_row(lse + row_at, row_off, heads, m * scale + tl.log2(total) * LN2)
+            row_at = i * tokens * heads + head  # out and lse are contiguous, heads after tokens
+            store_tile(out + row_at * DV, row_tok, heads * DV, acc * (1 / total)[:, None], DV, BLOCK_DV)
+            store_row(lse + row_at, row_tok, heads, m * scale + tl.log2(total) * LN2)

@@ -1,8 +1,8 @@
 """What the kernels share: loading and storing tiles of tokens, the bias of a pair, dropout.
 
-Names in all kernels: a row is a token that a tile computes for, a column one that it reads. A token is the base of its
-tile, `_base`, plus an offset that all tiles of a class share, `_off`, -1 in empty slots; `_at` values are pointers. Tile
-values say their shape, `[R, C]` or `[R, D]`.
+Names in all kernels: a row is a token that a tile computes for, a column one that it reads. A token, `_tok`, is the base
+of its tile plus an offset that all tiles of a class share, `_off`; both are negative in empty slots. `_at` values are
+pointers. Tile values say their shape, `[R, C]` or `[R, D]`.
 """
 
 import triton
@@ -15,49 +15,49 @@ RUNTIME = ["guards", "batch", "batch_step", "tokens", "heads", "group", "bias_he
 
 
 @triton.jit
-def load_tile(at, off, stride, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+def load_tile(at, tok, stride, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
     """Channels of some tokens of one head, `[tokens, BLOCK]`; zeros in empty slots and past the last channel."""
     channel = tl.arange(0, BLOCK)
-    mask = off[:, None] >= 0
+    mask = tok[:, None] >= 0
     if CHANNELS != BLOCK:
         mask &= channel[None, :] < CHANNELS
-    return tl.load(at + off[:, None] * stride + channel[None, :], mask=mask, other=0.0)
+    return tl.load(at + tok[:, None] * stride + channel[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def store_tile(at, off, stride, tile, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+def store_tile(at, tok, stride, tile, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
     """Writes the channels of some tokens of one head."""
     channel = tl.arange(0, BLOCK)
-    mask = off[:, None] >= 0
+    mask = tok[:, None] >= 0
     if CHANNELS != BLOCK:
         mask &= channel[None, :] < CHANNELS
-    tl.store(at + off[:, None] * stride + channel[None, :], tile.to(at.dtype.element_ty), mask=mask)
+    tl.store(at + tok[:, None] * stride + channel[None, :], tile.to(at.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def load_row(at, off, stride):
+def load_row(at, tok, stride):
     """One number per token of one head; zero in empty slots."""
-    return tl.load(at + off * stride, mask=off >= 0, other=0.0)
+    return tl.load(at + tok * stride, mask=tok >= 0, other=0.0)
 
 
 @triton.jit
-def store_row(at, off, stride, values):
+def store_row(at, tok, stride, values):
     """Writes one number per token of one head."""
-    tl.store(at + off * stride, values, mask=off >= 0)
+    tl.store(at + tok * stride, values, mask=tok >= 0)
 
 
 @triton.jit
-def load_pair(at, off, stride):
+def load_pair(at, tok, stride):
     """Two neighboring numbers per token of one head; zeros in empty slots."""
-    at = at + off[:, None] * stride + tl.arange(0, 2)[None, :]
-    return tl.split(tl.load(at, mask=off[:, None] >= 0, other=0.0))
+    at = at + tok[:, None] * stride + tl.arange(0, 2)[None, :]
+    return tl.split(tl.load(at, mask=tok[:, None] >= 0, other=0.0))
 
 
 @triton.jit
-def store_pair(at, off, stride, first, second):
+def store_pair(at, tok, stride, first, second):
     """Writes two neighboring numbers per token of one head."""
-    at = at + off[:, None] * stride + tl.arange(0, 2)[None, :]
-    tl.store(at, tl.join(first, second), mask=off[:, None] >= 0)
+    at = at + tok[:, None] * stride + tl.arange(0, 2)[None, :]
+    tl.store(at, tl.join(first, second), mask=tok[:, None] >= 0)
 
 
 @triton.jit
@@ -145,7 +145,7 @@ def read_columns(columns, tile_class, chunk, max_chunks, CHUNK: tl.constexpr):
 @triton.jit
 def read_bases(bases, tile):
     """The tokens that the offsets of a tile's rows and columns count from."""
-    return tl.load(bases + 2 * tile).to(tl.int64), tl.load(bases + 2 * tile + 1).to(tl.int64)
+    return tl.load(bases + 2 * tile), tl.load(bases + 2 * tile + 1)
 
 
 @triton.jit
