@@ -15,7 +15,6 @@ import numpy as np
 from dinat_triton.geometry import Axis, Geometry, IntArray
 from dinat_triton.plan import border_margin
 
-
 # Axes are cut for tiles of so many rows at least, so that passes with smaller tiles share what was counted.
 SHARED_ROWS = 64
 
@@ -119,8 +118,7 @@ class Candidates:
         self.geometry = geometry
         self._axes = [cut_axis(axis, max(most_rows, SHARED_ROWS), transposed) for axis in geometry.axes]
         index = np.indices([len(axis.lengths) for axis in self._axes]).reshape(geometry.rank, -1)
-        rows = prod(axis.lengths[i] for axis, i in zip(self._axes, index, strict=True))
-        fits = rows <= most_rows
+        fits = np.prod([axis.lengths[i] for axis, i in zip(self._axes, index, strict=True)], axis=0) <= most_rows
         self._index = index[:, fits] if fits.any() else index[:, :1]
         self.tiles = np.stack([axis.lengths[i] for axis, i in zip(self._axes, self._index, strict=True)], 1)
 

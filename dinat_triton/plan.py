@@ -75,7 +75,7 @@ class AxisTiles:
 @lru_cache(maxsize=1024)
 def tile_axis(axis: Axis, tile: int, transposed: bool = False) -> tuple[AxisTiles, ...]:
     """Cuts every residue class of an axis into runs of `tile` rows, grouped by their relative picture."""
-    classes: dict[tuple, tuple[list[IntArray], list[IntArray]]] = {}
+    classes: dict[tuple[int, bytes, bytes], tuple[list[IntArray], list[IntArray]]] = {}
     for length, residues in axis.residue_classes():
         start, end = axis.observers(length) if transposed else axis.windows(length)
         for number, alike in alike_tiles(axis, length, tile):
@@ -87,7 +87,7 @@ def tile_axis(axis: Axis, tile: int, transposed: bool = False) -> tuple[AxisTile
             move = (np.arange(*alike)[:, None] - number) * (tile * axis.dilation) + residues
             row_starts.append((move + row * axis.dilation).ravel())
             col_starts.append((move + column * axis.dilation).ravel())
-    return tuple(_axis_tiles(axis, transposed, *picture, *starts) for picture, starts in classes.items())
+    return tuple(_axis_tiles(axis, transposed, picture, *starts) for picture, starts in classes.items())
 
 
 def alike_tiles(axis: Axis, length: int, tile: int) -> Iterator[tuple[int, tuple[int, int, int]]]:
@@ -111,12 +111,14 @@ def border_margin(axis: Axis) -> int:
 
 
 def _axis_tiles(
-    axis: Axis, transposed: bool, ahead: int, first: bytes, last: bytes, row_starts: list, col_starts: list
+    axis: Axis, transposed: bool, picture: tuple[int, bytes, bytes], row_starts: list, col_starts: list
 ) -> AxisTiles:
-    """One class. `ahead` is how far its first row lies behind its first column, in class indices."""
+    """One class. A picture is where its first row lies from its first column, and the columns that the rows see."""
+    ahead, first, last = picture
     first_column, last_column = np.frombuffer(first, np.int64), np.frombuffer(last, np.int64)
     row, column = np.arange(len(first_column)) + ahead, np.arange(int(last_column[-1]) + 1)
-    row_code, col_code = (axis.offset(row, 0), -column) if transposed else (-row, axis.offset(column, 0))
+    origin = np.zeros(1, dtype=np.int64)
+    row_code, col_code = (axis.offset(row, origin), -column) if transposed else (-row, axis.offset(column, origin))
     starts = np.concatenate(row_starts), np.concatenate(col_starts)
     return AxisTiles(first_column, last_column, len(column), row_code, col_code, *starts)
 

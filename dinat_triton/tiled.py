@@ -180,7 +180,11 @@ class Call:
         else:
             q_slots = self.slots(group.row_base, part.rows)
             k_slots = v_slots = self.slots(group.col_base, part.columns)
-        return self.take(self.q, q_slots, rows), self.take(self.k, k_slots, columns), self.take(self.v, v_slots, columns)
+        return (
+            self.take(self.q, q_slots, rows),
+            self.take(self.k, k_slots, columns),
+            self.take(self.v, v_slots, columns),
+        )
 
     def take_rows(self, x: Tensor, group: Group) -> Tensor:
         """What `[batch * tokens, heads, dim]` holds of the group's rows."""
@@ -297,12 +301,14 @@ def parts_of(geometry: Geometry, tile: tuple[int, ...], device: torch.device, is
 
 
 def _part(c: TileClass, device: torch.device, is_packed: bool) -> Part:
-    rows, columns, *bases = (torch.as_tensor(x, device=device) for x in (c.rows, c.columns, c.row_base, c.col_base))
+    vectors = (c.rows, c.columns, c.row_base, c.col_base)
+    rows, columns, row_base, col_base = (torch.as_tensor(x, device=device) for x in vectors)
     is_whole = len(rows) == c.geometry.num_tokens and bool((np.diff(c.rows) == 1).all())
     return Part(
         rows,
         columns,
-        *bases,
+        row_base,
+        col_base,
         packed=(3 * rows, 3 * columns + 1, 3 * columns + 2),
         axis_indices=bias.axis_indices(c, device),
         num_offsets=c.geometry.num_offsets,

@@ -197,7 +197,7 @@ def _members(classes: _Classes, row_slots: int, span: int) -> NDArray[np.int32]:
 def _upload(arrays: tuple[IntArray, ...], dtype: type, device: torch.device) -> list[Tensor]:
     """The arrays on the device, as parts of one tensor."""
     starts = list(accumulate((-(-a.size // ALIGNMENT) * ALIGNMENT for a in arrays), initial=0))
-    together = np.zeros(starts[-1], dtype=dtype)
+    together: IntArray = np.zeros(starts[-1], dtype=dtype)
     for start, array in zip(starts, arrays, strict=False):
         together[start : start + array.size] = array.ravel()  # words may wrap around: only their bits count
     placed = torch.as_tensor(together, device=device)

@@ -1,8 +1,8 @@
 """What the kernels share: loading and storing tiles of tokens, the bias of a pair, dropout.
 
-Names in all kernels: a row is a token that a tile computes for, a column one that it reads. A token, `_tok`, is the base
-of its tile plus an offset that all tiles of a class share, `_off`; both are negative in empty slots. `_at` values are
-pointers. Tile values say their shape, `[R, C]` or `[R, D]`.
+Names in all kernels: a row is a token that a tile computes for, a column one that it reads. A token, `_tok`, is the
+base of its tile plus an offset that all tiles of a class share, `_off`; both are negative in empty slots. `_at` values
+are pointers. Tile values say their shape, `[R, C]` or `[R, D]`.
 """
 
 import triton

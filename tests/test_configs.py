@@ -146,7 +146,7 @@ def test_launches_ask_for_their_own_config(tables: Path, monkeypatch: pytest.Mon
     for geometry in (OTHER, Geometry((48, 48), (7,))):
         prepare.forget()
         sizes = (geometry, 4, 2, 2, 32, 32, torch.bfloat16, torch.device("cpu"), "ieee")
-        rows[geometry.shape] = schedule.schedule_of(schedule.Problem(*sizes), "forward").layout.rows
+        rows[geometry.shape] = schedule.schedule_of(schedule.Problem(*sizes), "forward").layout.row_slots
     prepare.forget()
     assert rows == {(56, 56): 16, (48, 48): 64}
 

@@ -227,8 +227,8 @@ def test_a_bad_key_reaches_who_sees_it_and_never_leaves_its_tile(which: str, bad
 
     plan = dt.Plan(geometry, tiled.choose_tile(geometry, 2, 2))
     tiles = {
-        int(q) for c in plan.classes for rows, columns in zip(c.row_tokens, c.col_tokens, strict=True)
-        if token in columns for q in rows
+        int(q) for c in plan.classes for row_base, col_base in zip(c.row_base, c.col_base, strict=True)
+        if token in col_base + c.columns for q in row_base + c.rows
     }  # fmt: skip
     spread = reached(dt.na2d(query, key, value, 3, **options, backend="tiled"))
     assert spread <= tiles

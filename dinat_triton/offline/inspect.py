@@ -41,6 +41,8 @@ from dinat_triton.offline.targets import Target
 # Those that multiply and compute exponentials, and those that only move numbers about.
 EXP_KERNELS = (forward_kernel, closed_backward_kernel, query_backward_kernel, key_backward_kernel)
 KERNELS = {k.__name__: k for k in (*EXP_KERNELS, table_kernel, sum_programs_kernel, fold_bias_kernel)}
+# ptxas gives up a few of a thread's 255 registers to share a multiprocessor among more programs.
+TOLERATED_SPILLS = 16
 # In the PTX of NVIDIA, in the assembly of AMD.
 MATRIX = {
     "wgmma": r"wgmma\.mma_async",
@@ -211,7 +213,7 @@ def inspect(launch: Launch, target: Target) -> Report:
 def complaints(report: Report, target: Target) -> list[str]:
     """Why a kernel must not ship, if it must not."""
     found = []
-    if report.spills:
+    if report.spills > TOLERATED_SPILLS:
         found.append(f"spills {report.spills} {'registers' if target.is_amd else 'bytes'}")
     if report.shared > target.shared:
         found.append(f"needs {report.shared} bytes of shared memory, {target.name} has {target.shared}")
