@@ -225,7 +225,7 @@ def key_backward_kernel(
     kv_head, tile_class, first, end, chunks = read_run(runs, kv_heads)
     first_item = tl.program_id(1) * batch_step
     end_item = tl.minimum(first_item + batch_step, batch)
-    row_off, _, row_first, row_last = read_rows(rows, tile_class, ROWS)
+    row_off, _row_code, row_first, row_last = read_rows(rows, tile_class, ROWS)
     to_log2 = scale * LOG2E
 
     for tile in range(first, end):
@@ -246,7 +246,7 @@ def key_backward_kernel(
                 q_at = q + i * q_batch + head * q_head
                 do_at = grad_out + i * do_batch + head * do_head
                 for chunk in range(chunks):
-                    col_off, _, col_place = read_columns(columns, tile_class, chunk, max_chunks, CHUNK)
+                    col_off, _col_code, col_place = read_columns(columns, tile_class, chunk, max_chunks, CHUNK)
                     col_tok = col_base + col_off
                     q_tile = load_tile(q_at, col_tok, q_token, D, BLOCK_D)  # [C, D]
                     do_tile = load_tile(do_at, col_tok, do_token, DV, BLOCK_DV)  # [C, DV]
