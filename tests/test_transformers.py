@@ -3,10 +3,12 @@
 import copy
 import json
 import math
+import os
 import subprocess
 import sys
 import textwrap
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import timm
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.multiprocessing.spawn import start_processes
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -120,26 +123,39 @@ def test_every_parameter_gets_a_gradient_and_the_loss_falls() -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("model_type", ["dinat", "nat"])
-def test_a_trainer_takes_the_same_step_whatever_it_accumulates(tmp_path, model_type: str) -> None:
-    """A loss that is not divided by the accumulation steps gives gradients so many times too large."""
+def train_one_step(folder: str, model, batch: int, accumulated: int) -> list[float]:
+    """The loss and the gradient norm that a Trainer reports of one step over 64 images."""
+    generator = torch.Generator().manual_seed(0)
+    images = [{"pixel_values": torch.randn(3, 32, 32, generator=generator), "labels": n % 10} for n in range(64)]
+    arguments = transformers.TrainingArguments(
+        output_dir=folder, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated,
+        max_steps=1, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    trainer = transformers.Trainer(copy.deepcopy(model), arguments, train_dataset=images)
+    trainer.train()
+    return [trainer.state.log_history[0][name] for name in ("loss", "grad_norm")]
+
+
+def train_as_one_of_two(rank: int, folder: str, models) -> None:
+    torch.set_num_threads(1)  # OpenMP's threads do not live on in a forked process
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", OMP_NUM_THREADS="1")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    steps = [[train_one_step(folder, model, *split) for split in ((32, 1), (8, 4))] for model in models]
+    Path(folder, f"{rank}.json").write_text(json.dumps(steps))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_trainer_takes_the_same_step_whatever_it_accumulates_on_however_many_processes(tmp_path) -> None:
+    """A loss that is not divided by the steps and processes gives gradients so many times too large."""
     pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
-    sizes = SMALL | {"drop_path_rate": 0.0}
-    dilations = sizes.pop("dilations")
-    config = nat.NatConfig(**sizes) if model_type == "nat" else transformers.DinatConfig(dilations=dilations, **sizes)
-    torch.manual_seed(0)
-    model = randomized(AutoModelForImageClassification.from_config(config))
-    images = [{"pixel_values": torch.randn(3, 32, 32), "labels": n % 10} for n in range(16)]
-    norms = []
-    for batch, accumulated in ((16, 1), (4, 4)):
-        arguments = transformers.TrainingArguments(
-            output_dir=str(tmp_path), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated,
-            max_steps=1, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
-        )  # fmt: skip
-        trainer = transformers.Trainer(copy.deepcopy(model), arguments, train_dataset=images)
-        trainer.train()
-        norms.append([trainer.state.log_history[0][name] for name in ("loss", "grad_norm")])
-    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    options = SMALL | {"drop_path_rate": 0.0}
+    configs = (transformers.DinatConfig(**options), nat.NatConfig(**options | {"dilations": None}))
+    models = [randomized(AutoModelForImageClassification.from_config(config)) for config in configs]
+    start_processes(train_as_one_of_two, (str(tmp_path), models), nprocs=2, start_method="fork")
+    for model, both in zip(models, json.loads((tmp_path / "0.json").read_text()), strict=True):
+        whole = train_one_step(str(tmp_path), model, 64, 1)
+        for step in (train_one_step(str(tmp_path), model, 16, 4), *both):
+            assert step == pytest.approx(whole, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", CLASSES)
