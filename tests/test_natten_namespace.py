@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import dinat_triton as dt
+from dinat_triton.bench import memory
 from dinat_triton.integrations import natten, natten_0_14
 from tests.oracles import brute, sampling
 from tests.oracles import natten as oracle
@@ -80,6 +81,61 @@ def test_scores_and_values_follow_the_formulas(rank: int) -> None:
 
         attn = expected.detach().softmax(-1).requires_grad_()
         assert_same(av(attn, value, **window), brute_values(attn, value, sample), [attn, value])
+
+
+@pytest.mark.parametrize("is_causal", [False, (False, True)])
+def test_both_steps_differentiate_twice_and_forwards(is_causal) -> None:
+    query, key, value, rpb = leaf(2, 2, 5, 6, 3), leaf(2, 2, 5, 6, 3), leaf(2, 2, 5, 6, 2), leaf(2, 5, 3)
+    attn = leaf(2, 2, 5, 6, 6)
+
+    def qk(query: Tensor, key: Tensor, rpb: Tensor) -> Tensor:
+        scores = natten.na2d_qk(query, key, (3, 2), (1, 2), is_causal=is_causal, rpb=rpb)
+        return scores.masked_fill(scores.isinf(), 0)
+
+    def av(attn: Tensor, value: Tensor) -> Tensor:
+        return natten.na2d_av(attn, value, (3, 2), (1, 2), is_causal=is_causal)
+
+    for function, inputs in ((qk, (query, key, rpb)), (av, (attn, value))):
+        torch.autograd.gradcheck(function, inputs, check_forward_ad=True, fast_mode=True)
+        torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_inputs_take_wider_biases_and_weights(dtype: torch.dtype) -> None:
+    """As NATTEN does, with and without autocast, in a compiled graph too; what is narrow is rounded once."""
+    inputs = [torch.randn(2, 2, 9, 10, 8).to(dtype).requires_grad_() for _ in range(3)]
+    inputs.append(torch.randn(2, 5, 5, requires_grad=True))
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor) -> Tensor:
+        scores = natten.na2d_qk(query, key, 3, 2, rpb=rpb)
+        return natten.na2d_av(scores.float().softmax(-1), value, 3, 2)
+
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    expected = dt.na2d(*(x.movedim(1, -2) for x in exact[:3]), 3, dilation=2, rpb=exact[3], scale=1).movedim(-2, 1)
+    expected_grads = torch.autograd.grad(expected.sum(), exact)
+    rounding = 4 * torch.finfo(dtype).eps
+    for function in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):
+        for autocast in (False, True):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                out = function(*inputs)
+            assert out.dtype == dtype
+            torch.testing.assert_close(out.double(), expected, rtol=rounding, atol=rounding)
+            grads = torch.autograd.grad(out.sum(), inputs)
+            assert [g.dtype for g in grads] == [x.dtype for x in inputs]
+            for ours, theirs in zip(grads, expected_grads, strict=True):
+                torch.testing.assert_close(ours.double(), theirs, rtol=rounding, atol=8 * rounding)
+
+
+def unfused_peak() -> int:
+    query, key, value = torch.randn(3, 1, 4, 96, 96, 64)
+    natten.na2d_qk(*torch.randn(2, 1, 4, 16, 16, 64), 9)
+    return memory.resident_peak(lambda: natten.na2d_av(natten.na2d_qk(query, key, 9).softmax(-1), value, 9))
+
+
+def test_the_scores_are_all_that_is_held() -> None:
+    """Scores and probabilities take 22.8 MiB, NATTEN's own CPU kernels 25; gathering the keys would take 800."""
+    peak = memory.in_fresh_process(unfused_peak, memory.EAGER_ALLOCATOR)
+    assert 22 * 2**20 < peak < 40 * 2**20
 
 
 def test_both_steps_are_the_fused_function() -> None:
