@@ -168,11 +168,11 @@ def cpu_sweeps(layer: Layer, batch: int, pass_: str, dtype: torch.dtype = torch.
 
 def gpu_sweeps(layer: Layer, batch: int, pass_: str, dtype: torch.dtype, device: torch.device) -> list[Sweep]:
     """What the kernels run: one launch each."""
-    from dinat_triton.kernels.schedule import Problem, has_closed_backward, schedule_of
+    from dinat_triton.kernels.schedule import has_closed_backward, problem_of, schedule_of
     from dinat_triton.offline.estimate import TRAFFIC
 
     sizes = (batch, layer.heads, layer.heads, layer.dim, layer.dim)
-    problem = Problem(layer.geometry, *sizes, dtype, device, "ieee")
+    problem = problem_of(layer.geometry, *sizes, dtype, device)
     if pass_ == FORWARD:
         names = ["forward"]
     elif has_closed_backward(problem):

@@ -43,9 +43,10 @@ def forward(
     scale: float,
     dropout_p: float,
     need_lse: bool,
+    tile: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attends; query, key and value are `[batch, *shape, heads, dim]`. The log-sum-exp is empty unless needed."""
-    call = Call(qkv, rpb, seed, geometry, scale, dropout_p)
+    call = Call(qkv, rpb, seed, geometry, scale, dropout_p, tile)
     outs, lses = Rows(call), Rows(call)
     for part in call.parts:
         table = call.table(part)
@@ -85,9 +86,10 @@ def backward(
     scale: float,
     dropout_p: float,
     grads: list[Tensor],
+    tile: tuple[int, ...] | None = None,
 ) -> Tensor | None:
     """Writes the gradients of query, key and value into `grads` and returns that of `rpb`. Recomputes the softmax."""
-    call = Call(qkv, rpb, seed, geometry, scale, dropout_p)
+    call = Call(qkv, rpb, seed, geometry, scale, dropout_p, tile)
     grad_out = call.tokens(grad_out)
     grad_lse = None if grad_lse is None else call.tokens(grad_lse.unsqueeze(-1))
     grad_q = Rows(call)
@@ -133,13 +135,14 @@ class Call:
         geometry: Geometry,
         scale: float,
         dropout_p: float,
+        tile: tuple[int, ...] | None = None,
     ):
         query, key, value = unpack(qkv)
         self.geometry, self.scale, self.dropout_p, self.seed = geometry, scale, dropout_p, seed
         self.batch, self.heads, self.kv_heads = query.shape[0], query.shape[-2], key.shape[-2]
         self.dtype = torch.promote_types(query.dtype, torch.float32)
         self.rpb = rpb
-        tile = choose_tile(geometry, self.batch, self.heads, query.dtype, query.device.type)
+        tile = tile or choose_tile(geometry, self.batch, self.heads, query.dtype, query.device.type)
         self.parts = parts_of(geometry, tile, query.device, len(qkv) == 1)
         self.is_whole, self.is_packed = self.parts[0].is_whole, self.parts[0].is_packed
         # Gathered from where they are: a part of a packed tensor is strided, and torch would copy it whole first.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dinat_triton.dropout import threshold
 from dinat_triton.geometry import Geometry
+from dinat_triton.kernels.configs import Preset
 from dinat_triton.kernels.prepare import Backward, Launch, Place, find_strides, prepare_backward, prepare_forward
 from dinat_triton.packing import unpack
 
@@ -21,10 +22,11 @@ def forward(
     scale: float,
     dropout_p: float,
     need_lse: bool,
+    preset: Preset | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attends; query, key and value are `[batch, *shape, heads, dim]`. The backward always needs the log-sum-exp."""
     query, key, value = tensors = [_even(x) for x in unpack(qkv)]
-    launch = prepare_forward(geometry, _places(tensors), *_kind(query, rpb), seed is not None)
+    launch = prepare_forward(geometry, _places(tensors), *_kind(query, rpb), seed is not None, preset)
     rows = query.shape[:-1]
     out = query.new_empty((*rows, value.shape[-1]))
     lse = torch.empty(rows, dtype=torch.float32, device=query.device)
@@ -46,13 +48,15 @@ def backward(
     scale: float,
     dropout_p: float,
     grads: list[Tensor],
+    preset: Preset | None = None,
 ) -> Tensor | None:
     """Writes the gradients of query, key and value into `grads`, and returns that of `rpb`."""
     query, key, value = inputs = [_even(x) for x in unpack(qkv)]
     grad_q, grad_k, grad_v = outputs = unpack(grads)
     grad_out = _even(grad_out)
     places = _places([*inputs, *outputs, grad_out])
-    launches = prepare_backward(geometry, places, *_kind(query, rpb), grad_lse is not None, seed is not None)
+    given = (grad_lse is not None, seed is not None, preset)
+    launches = prepare_backward(geometry, places, *_kind(query, rpb), *given)
     numbers = (scale, *_keep(dropout_p))
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     partials = None if rpb is None else lse.new_empty(launches.partials)

@@ -85,6 +85,19 @@ class Architecture:
         return self.name.startswith("gfx")
 
 
+@dataclass(frozen=True)
+class Preset:
+    """A GPU and configs to prepare launches for, whatever GPU is here and whatever the tables say.
+
+    Attributes:
+        architecture: The GPU; by default that of the tensors.
+        configs: One for each of PASSES; by default those of the tables.
+    """
+
+    architecture: Architecture | None = None
+    configs: tuple[Config, ...] = ()
+
+
 @lru_cache
 def architecture_of(device: torch.device) -> Architecture:
     """The architecture of a device; the interpreter on the CPU passes for a small unknown one."""

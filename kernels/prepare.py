@@ -20,7 +20,7 @@ from dinat_triton.kernels.backward import (
     query_backward_kernel,
     sum_programs_kernel,
 )
-from dinat_triton.kernels.configs import padded
+from dinat_triton.kernels.configs import Preset, padded
 from dinat_triton.kernels.forward import forward_kernel
 from dinat_triton.kernels.primitives import table_kernel
 from dinat_triton.kernels.schedule import (
@@ -98,10 +98,10 @@ class Backward:
 @lru_cache(maxsize=256)
 def prepare_forward(
     geometry: Geometry, places: tuple[Place, ...], dtype: torch.dtype, device: torch.device, tf32: bool,
-    rpb_dtype: torch.dtype | None, dropout: bool,
+    rpb_dtype: torch.dtype | None, dropout: bool, preset: Preset | None = None,
 ) -> Launch:  # fmt: skip
     """The forward's launch. `places` are those of query, key and value."""
-    problem = _problem(geometry, places, dtype, device, tf32)
+    problem = _problem(geometry, places, dtype, device, tf32, preset)
     plan = schedule_of(problem, "forward")
     table = _table(problem, plan) if rpb_dtype is not None and not plan.one_chunk else None
     arguments: Arguments = (
@@ -114,10 +114,10 @@ def prepare_forward(
 @lru_cache(maxsize=256)
 def prepare_backward(
     geometry: Geometry, places: tuple[Place, ...], dtype: torch.dtype, device: torch.device, tf32: bool,
-    rpb_dtype: torch.dtype | None, has_grad_lse: bool, dropout: bool,
+    rpb_dtype: torch.dtype | None, has_grad_lse: bool, dropout: bool, preset: Preset | None = None,
 ) -> Backward:  # fmt: skip
     """The backward's launches. `places` are those of query, key, value, their gradients, and the output's gradient."""
-    problem = _problem(geometry, places, dtype, device, tf32)
+    problem = _problem(geometry, places, dtype, device, tf32, preset)
     given = {"HAS_BIAS": rpb_dtype is not None, "HAS_GRAD_LSE": has_grad_lse, "DROPOUT": dropout}
     if has_closed_backward(problem):
         plan = schedule_of(problem, "closed_backward")
@@ -215,13 +215,15 @@ def _sizes(problem: Problem, plan: Schedule, table: Launch | None = None) -> tup
 
 
 def _problem(
-    geometry: Geometry, places: tuple[Place, ...], dtype: torch.dtype, device: torch.device, tf32: bool
-) -> Problem:
+    geometry: Geometry, places: tuple[Place, ...], dtype: torch.dtype, device: torch.device, tf32: bool,
+    preset: Preset | None,
+) -> Problem:  # fmt: skip
     """The problem of tensors in these places, the first of which are query, key and value."""
     (query, _), (key, _), (value, _) = places[:3]
     apart = max(*(strides_of(place)[1] for place in places), query[-2] * value[-1])
     wide = geometry.num_tokens * apart > MOST_NARROW
-    return problem_of(geometry, query[0], query[-2], key[-2], query[-1], value[-1], dtype, device, tf32, wide)
+    sizes = (query[0], query[-2], key[-2], query[-1], value[-1])
+    return problem_of(geometry, *sizes, dtype, device, tf32, wide, preset)
 
 
 def strides_of(place: Place) -> tuple[int, int, int]:

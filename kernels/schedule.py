@@ -12,8 +12,10 @@ import triton
 from dinat_triton.geometry import Geometry
 from dinat_triton.kernels.configs import (
     ALL_REGISTERS,
+    PASSES,
     Architecture,
     Config,
+    Preset,
     architecture_of,
     choose_config,
     choose_plan,
@@ -38,8 +40,10 @@ class Problem:
     value_dim: int
     dtype: torch.dtype
     device: torch.device
+    architecture: Architecture
     precision: str  # of float32 products
-    wide: bool = False  # token addresses within a batch item need 64 bits
+    wide: bool  # token addresses within a batch item need 64 bits
+    configs: tuple[Config, ...]  # of PASSES; empty to take those of the tables
 
     @property
     def bits(self) -> int:
@@ -64,17 +68,23 @@ class Schedule:
 def problem_of(
     geometry: Geometry, batch: int, heads: int, kv_heads: int, dim: int, value_dim: int,
     dtype: torch.dtype, device: torch.device, tf32: bool = False, wide: bool = False,
+    preset: Preset | None = None,
 ) -> Problem:  # fmt: skip
     """Each problem once."""
+    preset = preset or Preset()
+    architecture = preset.architecture or architecture_of(device)
     # AMD has no tf32x3.
-    precision = "tf32x3" if tf32 and torch.version.hip is None else "ieee"
+    precision = "tf32x3" if tf32 and not architecture.is_amd else "ieee"
     if triton.knobs.runtime.interpret:
         precision = "interpreted"
-    return Problem(geometry, batch, heads, kv_heads, dim, value_dim, dtype, device, precision, wide)
+    sizes = (batch, heads, kv_heads, dim, value_dim)
+    return Problem(geometry, *sizes, dtype, device, architecture, precision, wide, preset.configs)
 
 
 def config_of(problem: Problem, name: str) -> Config:
-    architecture = architecture_of(problem.device)
+    if problem.configs:
+        return problem.configs[PASSES.index(name)]
+    architecture = problem.architecture
     return choose_config(
         name, max(padded(problem.dim), padded(problem.value_dim)), problem.bits, architecture.name, architecture.device,
         problem.geometry, problem.batch * problem.heads,
@@ -89,7 +99,7 @@ def plan_of(problem: Problem, name: str) -> Plan:
 @lru_cache(maxsize=512)
 def schedule_of(problem: Problem, name: str) -> Schedule:
     """Shares a problem's work out among programs: over the batch first, then over tiles of one class."""
-    architecture, config, plan = architecture_of(problem.device), config_of(problem, name), plan_of(problem, name)
+    architecture, config, plan = problem.architecture, config_of(problem, name), plan_of(problem, name)
     heads = problem.kv_heads if name == "key_backward" else problem.heads
     work = plan.num_tiles * heads * problem.batch
     items = max(1, work // (config.programs * architecture.multiprocessors))  # tiles of one batch item, per program

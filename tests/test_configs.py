@@ -11,8 +11,9 @@ import torch
 
 from dinat_triton import store
 from dinat_triton.geometry import Geometry
-from dinat_triton.kernels import configs
-from dinat_triton.kernels.configs import PASSES, Config, choose_config, forget_tables, rule, user_table
+from dinat_triton.kernels import configs, schedule
+from dinat_triton.kernels.configs import PASSES, Config, Preset, choose_config, forget_tables, rule, user_table
+from dinat_triton.kernels.schedule import Schedule
 from dinat_triton.layers import SETTINGS, layers_of
 from dinat_triton.offline.targets import TARGETS
 
@@ -136,32 +137,24 @@ def test_the_sources_of_the_kernels_exist() -> None:
     assert all((store.PACKAGE / name).is_file() for name in configs.SOURCES)
 
 
-def test_launches_ask_for_their_own_config(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare = pytest.importorskip("dinat_triton.kernels.prepare")
-    schedule = pytest.importorskip("dinat_triton.kernels.schedule")
-    architecture = configs.Architecture("sm_77", 99 << 10, 20, "Some GPU")
+def schedule_of(geometry: Geometry, preset: Preset) -> Schedule:
+    sizes = (4, 2, 2, 32, 32)
+    problem = schedule.problem_of(geometry, *sizes, torch.bfloat16, torch.device("cpu"), preset=preset)
+    return schedule.schedule_of(problem, "forward")
+
+
+def test_launches_ask_for_their_own_config(tables: Path) -> None:
     write("Some GPU", {"forward/32/16/56x56-k7x7-d1x1/8": 16})
-    monkeypatch.setattr(schedule, "architecture_of", lambda device: architecture)
-    rows = {}
-    for geometry in (OTHER, Geometry((48, 48), (7,))):
-        prepare.forget()
-        sizes = (geometry, 4, 2, 2, 32, 32, torch.bfloat16, torch.device("cpu"), "ieee")
-        rows[geometry.shape] = schedule.schedule_of(schedule.Problem(*sizes), "forward").layout.row_slots
-    prepare.forget()
-    assert rows == {(56, 56): 16, (48, 48): 64}
+    preset = Preset(configs.Architecture("sm_77", 99 << 10, 20, "Some GPU"))
+    assert schedule_of(OTHER, preset).layout.row_slots == 16
+    assert schedule_of(Geometry((48, 48), (7,)), preset).layout.row_slots == 64
 
 
 @pytest.mark.parametrize(("architecture", "bound"), [("sm_90", 168), ("gfx942", None)])
-def test_registers_bind_the_compiler_of_nvidia(
-    architecture: str, bound: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    schedule = pytest.importorskip("dinat_triton.kernels.schedule")
-    found = configs.Architecture(architecture, 99 << 10, 20)
-    monkeypatch.setattr(schedule, "architecture_of", lambda device: found)
-    sizes = (OTHER, 4, 2, 2, 32, 32, torch.bfloat16, torch.device("cpu"), "ieee")
+def test_registers_bind_the_compiler_of_nvidia(architecture: str, bound: int | None) -> None:
     for config, expected in ((Config(registers=168), bound), (Config(), None)):
-        monkeypatch.setattr(schedule, "choose_config", lambda *_, c=config: c)
-        assert schedule.schedule_of(schedule.Problem(*sizes), "forward").options.get("maxnreg") == expected
+        preset = Preset(configs.Architecture(architecture, 99 << 10, 20), (config,) * len(PASSES))
+        assert schedule_of(OTHER, preset).options.get("maxnreg") == expected
 
 
 def test_a_choice_is_made_once(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dinat_triton.kernels.configs import PASSES
-from dinat_triton.kernels.schedule import Problem, Schedule, schedule_of
+from dinat_triton.kernels.schedule import Schedule, problem_of, schedule_of
 from dinat_triton.layers import Layer
 from dinat_triton.offline.inspect import Launch, Report, recording, run_layer
 from dinat_triton.offline.targets import Target
@@ -119,7 +119,7 @@ def record(layer: Layer, target: Target, dtype: torch.dtype, batch: int) -> tupl
     with recording(target) as launches:
         run_layer(layer, dtype, batch)
         sizes = (batch, layer.heads, layer.heads, layer.dim, layer.dim)
-        problem = Problem(layer.geometry, *sizes, dtype, torch.device("meta"), "ieee")
+        problem = problem_of(layer.geometry, *sizes, dtype, torch.device("meta"))
         steps = [
             Step(launch, schedule_of(problem, launch.name), layer, batch, dtype.itemsize)
             for launch in launches
