@@ -40,3 +40,13 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+
+
+@pytest.fixture
+def enabled() -> Iterator[None]:
+    """transformers' DiNAT repaired for the length of a test."""
+    from dinat_triton.integrations.transformers import disable, enable
+
+    disable()
+    with enable():
+        yield

@@ -1,14 +1,8 @@
-"""transformers' DiNAT on this package's attention: the contract of its classes, what is built on them, and `enable`."""
+"""transformers' DiNAT on this package's attention: the contract of its classes, and what is built on them."""
 
-import copy
 import json
 import math
-import os
-import subprocess
-import sys
-import textwrap
-from contextlib import nullcontext
-from pathlib import Path
+import re
 
 import numpy as np
 import pytest
@@ -16,7 +10,6 @@ import timm
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.multiprocessing.spawn import start_processes
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -24,64 +17,12 @@ import transformers
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from dinat_triton.integrations import nat
-from dinat_triton.integrations import transformers as integration
-from dinat_triton.integrations.transformers import disable, enable, is_enabled
+from dinat_triton.models.checkpoints import from_native
 from tests.oracles import brute
 from tests.transformers_dinat import modeling as repaired_modeling
+from tests.transformers_models import CLASSES, DINAT, SMALL, build, first, randomized, small
 
-DINAT = integration.load_modeling()
-CLASSES = ("DinatModel", "DinatForImageClassification", "DinatBackbone")
-SMALL = {
-    "embed_dim": 16,
-    "depths": [1, 2, 1],
-    "num_heads": [2, 4, 8],
-    "kernel_size": 3,
-    "dilations": [[3], [1, 2], [1]],
-    "mlp_ratio": 2.0,
-    "num_labels": 10,
-    "out_features": ["stage1", "stage2"],
-}
-# Dilations published for segmentation, with kernel 11.
-MASK2FORMER = [[1, 14, 1], [1, 4, 1, 7], [*[1, 2, 1, 3] * 4, 1, 3], [1] * 5]
-ONEFORMER = [[1, 20, 1], [1, 5, 1, 10], [1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5], [1, 2, 1, 2, 1]]
-
-
-@pytest.fixture(autouse=True)
-def _enabled(request):
-    """Enabled for the length of each test, unless it is about enabling."""
-    disable()
-    with nullcontext() if "disabled" in request.fixturenames else enable():
-        yield
-    disable()
-
-
-@pytest.fixture
-def disabled():
-    """transformers as it comes."""
-
-
-def small(**changes):
-    return transformers.DinatConfig(**(SMALL | changes))
-
-
-def randomized(model):
-    """Biases of the attention start at zero, which would hide them."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("rpb"):
-                parameter.normal_()
-    return model
-
-
-def build(name: str, config=None):
-    return randomized(getattr(DINAT, name)(config or small())).eval()
-
-
-def first(outputs) -> Tensor:
-    """What a model is for: logits, features or the first feature map."""
-    value = outputs[0]
-    return value[0] if isinstance(value, tuple) else value
-
+pytestmark = pytest.mark.usefixtures("enabled")
 
 # ---- the classes -----------------------------------------------------------------------------------------------------
 
@@ -108,64 +49,16 @@ def test_outputs_and_gradients_are_those_of_an_independent_repair(name: str, siz
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * other.abs().max().item() + 1e-6)
 
 
-def test_every_parameter_gets_a_gradient_and_the_loss_falls() -> None:
-    model = build("DinatForImageClassification", small(drop_path_rate=0.0)).train()
-    images, labels = torch.randn(8, 3, 48, 48), torch.arange(8)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(12):
-        loss = model(images, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        assert all(p.grad is not None for p in model.parameters())
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
-
-
-def train_one_step(folder: str, model, batch: int, accumulated: int) -> list[float]:
-    """The loss and the gradient norm that a Trainer reports of one step over 64 images."""
-    generator = torch.Generator().manual_seed(0)
-    images = [{"pixel_values": torch.randn(3, 32, 32, generator=generator), "labels": n % 10} for n in range(64)]
-    arguments = transformers.TrainingArguments(
-        output_dir=folder, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated,
-        max_steps=1, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
-    )  # fmt: skip
-    trainer = transformers.Trainer(copy.deepcopy(model), arguments, train_dataset=images)
-    trainer.train()
-    return [trainer.state.log_history[0][name] for name in ("loss", "grad_norm")]
-
-
-def train_as_one_of_two(rank: int, folder: str, models) -> None:
-    torch.set_num_threads(1)  # OpenMP's threads do not live on in a forked process
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", OMP_NUM_THREADS="1")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    steps = [[train_one_step(folder, model, *split) for split in ((32, 1), (8, 4))] for model in models]
-    Path(folder, f"{rank}.json").write_text(json.dumps(steps))
-    torch.distributed.destroy_process_group()
-
-
-def test_a_trainer_takes_the_same_step_whatever_it_accumulates_on_however_many_processes(tmp_path) -> None:
-    """A loss that is not divided by the steps and processes gives gradients so many times too large."""
-    pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
-    options = SMALL | {"drop_path_rate": 0.0}
-    configs = (transformers.DinatConfig(**options), nat.NatConfig(**options | {"dilations": None}))
-    models = [randomized(AutoModelForImageClassification.from_config(config)) for config in configs]
-    start_processes(train_as_one_of_two, (str(tmp_path), models), nprocs=2, start_method="fork")
-    for model, both in zip(models, json.loads((tmp_path / "0.json").read_text()), strict=True):
-        whole = train_one_step(str(tmp_path), model, 64, 1)
-        for step in (train_one_step(str(tmp_path), model, 16, 4), *both):
-            assert step == pytest.approx(whole, rel=1e-4)
-
-
+@pytest.mark.parametrize("size", [(64, 64), (20, 36)], ids=["square", "padded"])
 @pytest.mark.parametrize("name", CLASSES)
-def test_attentions_are_an_output_that_changes_no_other(name: str) -> None:
-    model, image = build(name), torch.randn(2, 3, 64, 64)
+def test_attentions_are_an_output_that_changes_no_other(name: str, size: tuple[int, int]) -> None:
+    model, image = build(name), torch.randn(2, 3, *size)
     with torch.no_grad():
         plain, attended = model(image), model(image, output_attentions=True)
     torch.testing.assert_close(first(attended), first(plain), rtol=1e-4, atol=1e-5)
     assert plain.attentions is None
-    assert [tuple(a.shape) for a in attended.attentions] == [(2, 2, 16, 16, 9), (2, 4, 8, 8, 9), (2, 8, 4, 4, 9)]
+    maps = [[(n + 2**level - 1) // 2**level for n in size] for level in (2, 3, 4)]
+    assert [list(a.shape) for a in attended.attentions] == [[2, n, *m, 9] for n, m in zip((2, 4, 8), maps, strict=True)]
     for attention in attended.attentions:
         torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
 
@@ -240,6 +133,23 @@ def test_greyscale_images() -> None:
     assert model(torch.randn(2, 1, 64, 64)).logits.shape == (2, 10)
     with pytest.raises(ValueError, match="channel dimension"):
         model(torch.randn(2, 3, 64, 64))
+
+
+@pytest.mark.parametrize("patch_size", [2, 8, (16, 16), [4, 4]])
+def test_patch_sizes_are_those_of_timms_models(patch_size) -> None:
+    options = {key: SMALL[key] for key in ("embed_dim", "depths", "num_heads", "kernel_size", "dilations", "mlp_ratio")}
+    patches = patch_size if isinstance(patch_size, int) else patch_size[0]
+    ours = timm.create_model("dinat_mini", **options, patch_size=patches, num_classes=10).eval()
+    theirs = build("DinatForImageClassification", small(patch_size=patch_size))
+    theirs.load_state_dict(from_native(randomized(ours).state_dict(), "transformers")[0])
+    image = torch.randn(1, 3, 96, 64)
+    torch.testing.assert_close(theirs(image).logits, ours(image), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("patch_size", [1, 32, [4, 8]])
+def test_other_patch_sizes_are_refused(patch_size) -> None:
+    with pytest.raises(ValueError, match=rf"patch_size must be 2, 4, 8 or 16, .* got {re.escape(str(patch_size))}"):
+        build("DinatModel", small(patch_size=patch_size))
 
 
 @pytest.mark.parametrize("attentions", [False, True])
@@ -399,247 +309,3 @@ def test_the_hubs_preprocessor_is_the_squashing_transform(tmp_path, backend: str
     cropped = timm.data.create_transform(**timm.data.resolve_data_config(model=model))(picture)
     assert cropped.shape == theirs.shape
     assert (cropped - theirs).abs().mean() > 10 * (ours - theirs).abs().mean() + 0.01
-
-
-# ---- segmentation ----------------------------------------------------------------------------------------------------
-
-
-def backbone_config(dilations):
-    return transformers.DinatConfig(
-        embed_dim=8,
-        depths=[len(level) for level in dilations],
-        num_heads=[1, 2, 4, 8],
-        kernel_size=11,
-        dilations=dilations,
-        mlp_ratio=1.0,
-        drop_path_rate=0.0,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )
-
-
-def maskformer(dilations):
-    decoder = transformers.DetrConfig(
-        d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16,
-        encoder_attention_heads=2, decoder_attention_heads=2, num_queries=5,
-    )  # fmt: skip
-    config = transformers.MaskFormerConfig(
-        fpn_feature_size=32,
-        mask_feature_size=32,
-        backbone_config=backbone_config(dilations),
-        decoder_config=decoder,
-        num_labels=4,
-    )
-    return transformers.MaskFormerForInstanceSegmentation(config), {}
-
-
-def mask2former(dilations):
-    config = transformers.Mask2FormerConfig(
-        backbone_config=backbone_config(dilations),
-        **{name: 32 for name in ("feature_size", "mask_feature_size", "hidden_dim")},
-        encoder_feedforward_dim=16,
-        dim_feedforward=16,
-        encoder_layers=1,
-        decoder_layers=2,
-        num_attention_heads=2,
-        num_queries=5,
-        train_num_points=64,
-        num_labels=4,
-    )
-    return transformers.Mask2FormerForUniversalSegmentation(config), {}
-
-
-def oneformer(dilations):
-    config = transformers.OneFormerConfig(
-        backbone_config=backbone_config(dilations),
-        **{name: 64 for name in ("conv_dim", "mask_dim", "hidden_dim", "encoder_feedforward_dim", "dim_feedforward")},
-        text_encoder_width=64,
-        text_encoder_context_length=8,
-        text_encoder_num_layers=1,
-        text_encoder_vocab_size=32,
-        text_encoder_n_ctx=4,
-        task_seq_len=8,
-        encoder_layers=1,
-        decoder_layers=2,
-        query_dec_layers=1,
-        num_attention_heads=2,
-        num_queries=9,
-        train_num_points=64,
-        num_labels=4,
-        is_training=True,
-    )
-    words = {"task_inputs": torch.randint(0, 32, (1, 8)), "text_inputs": torch.randint(0, 32, (1, 5, 8))}
-    return transformers.OneFormerForUniversalSegmentation(config), words
-
-
-def check_segmenter(make, dilations, size: int) -> None:
-    model, words = make(dilations)
-    image = torch.randn(1, 3, size, size)
-    masks = (torch.rand(2, size, size) > 0.5).float()
-    outputs = model.train()(image, mask_labels=[masks], class_labels=[torch.tensor([0, 2])], **words)
-    outputs.loss.backward()
-    assert outputs.masks_queries_logits.shape[-2:] == (size // 4, size // 4)
-    assert outputs.loss.isfinite()
-    rpbs = {name: p for name, p in model.named_parameters() if name.endswith("rpb")}
-    assert len(rpbs) == sum(map(len, dilations))
-    assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in rpbs.values())
-
-
-@pytest.mark.parametrize("make", [maskformer, mask2former, oneformer])
-def test_segmenters_train_on_a_dinat(make) -> None:
-    """Smaller than the window on every level but for the first layer, so that all the rest is padded."""
-    check_segmenter(make, [[1, 2], [1], [2], [1]], 64)
-
-
-@pytest.mark.parametrize("size", [512, 640])
-@pytest.mark.parametrize(
-    ("make", "dilations"), [(maskformer, MASK2FORMER), (mask2former, MASK2FORMER), (oneformer, ONEFORMER)]
-)
-def test_segmenters_train_with_published_dilations(make, dilations, size: int) -> None:
-    check_segmenter(make, dilations, size)
-
-
-# ---- enable ----------------------------------------------------------------------------------------------------------
-
-
-def test_enabling_is_idempotent_and_reversible(disabled) -> None:
-    forward, check = DINAT.NeighborhoodAttention.forward, DINAT.requires_backends
-    disable()  # nothing to do
-    enable()
-    ours = DINAT.NeighborhoodAttention.forward
-    with enable(), enable():
-        assert DINAT.NeighborhoodAttention.forward is ours is not forward
-    assert is_enabled()
-    assert "nat" in transformers.CONFIG_MAPPING
-    disable()
-    assert not is_enabled()
-    assert (DINAT.NeighborhoodAttention.forward, DINAT.requires_backends) == (forward, check)
-    assert "nat" not in transformers.CONFIG_MAPPING
-    with enable():
-        assert is_enabled()
-    assert not is_enabled()
-    with pytest.raises(RuntimeError, match=r"NatModel runs on transformers' DiNAT, .* until .*enable\(\) is called"):
-        nat.NatModel(nat.NatConfig())
-
-
-def test_models_that_exist_change_too(disabled, monkeypatch) -> None:
-    monkeypatch.setattr(DINAT, "requires_backends", lambda *arguments: None)
-    model, image = DINAT.DinatModel(small()), torch.randn(1, 3, 32, 32)
-    with pytest.raises(transformers.utils.OptionalDependencyNotAvailable):
-        model(image)
-    with enable():
-        assert model(image).last_hidden_state.isfinite().all()
-
-
-def test_other_requirements_stay(disabled, monkeypatch) -> None:
-    asked = []
-    monkeypatch.setattr(DINAT, "requires_backends", lambda _, backends: asked.append(backends))
-    with enable():
-        DINAT.requires_backends(DINAT.DinatModel, ["natten", "timm"])
-        DINAT.requires_backends(DINAT.DinatModel, "timm")
-    assert asked == [["timm"], ["timm"]]
-
-
-@pytest.mark.parametrize(
-    ("forward", "difference"),
-    [
-        (lambda self, hidden_states, **kwargs: None, "its forward takes"),
-        (lambda self, hidden_states, output_attentions=False: self.na2d(hidden_states), "na2d"),
-    ],
-)
-def test_code_that_is_not_known_is_refused(disabled, monkeypatch, forward, difference: str) -> None:
-    monkeypatch.setattr(DINAT.NeighborhoodAttention, "forward", forward)
-    with pytest.raises(RuntimeError, match=rf"(?s)transformers {transformers.__version__} is not .*{difference}"):
-        enable()
-    assert DINAT.NeighborhoodAttention.forward is forward
-    assert not is_enabled()
-    assert "nat" not in transformers.CONFIG_MAPPING
-
-
-def test_versions_that_are_too_old_are_refused(disabled, monkeypatch) -> None:
-    # transformers imports itself a second time under its own name, so that `transformers` here can be the first.
-    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")
-    with pytest.raises(RuntimeError, match=r"must be 5\.14 or newer .* got 4\.57\.1"):
-        enable()
-
-
-HIDE = """
-import importlib.machinery
-found = importlib.machinery.PathFinder.find_spec
-def find_spec(name, path=None, target=None):
-    return None if name.split(".")[0] == {name!r} else found(name, path, target)
-importlib.machinery.PathFinder.find_spec = staticmethod(find_spec)
-"""
-RUN = """
-import torch
-from transformers import AutoModel, DinatConfig, DinatModel
-config = DinatConfig(embed_dim=8, depths=[1, 1], num_heads=[1, 2], kernel_size=3, dilations=[[2], [1]])
-assert DinatModel(config).eval()(torch.randn(1, 3, 32, 32)).last_hidden_state.isfinite().all()
-assert type(AutoModel.from_config(config)) is DinatModel
-"""
-
-
-def run(code: str, path=None) -> None:
-    """Runs code in a process of its own: what is imported first matters here."""
-    prefix = f"import sys; sys.path.insert(0, {str(path)!r})\n" if path else ""
-    done = subprocess.run(
-        [sys.executable, "-c", prefix + textwrap.dedent(code)], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def test_without_natten_and_after_a_failure() -> None:
-    run(
-        HIDE.format(name="natten")
-        + """
-from transformers import DinatConfig, DinatModel
-try:
-    DinatModel(DinatConfig())
-except ImportError as error:
-    assert "requires the natten library" in str(error)
-else:
-    raise AssertionError("transformers' own DiNAT runs: nothing is left to repair")
-from dinat_triton.integrations.transformers import enable
-enable()
-"""
-        + RUN
-        + "import sys; assert 'natten' not in sys.modules"
-    )
-
-
-@pytest.mark.parametrize("fails_first", [False, True])
-def test_with_an_incompatible_natten(tmp_path, fails_first: bool) -> None:
-    """One that lacks the functions that transformers imports, as all since 0.17.5."""
-    (tmp_path / "natten").mkdir()
-    (tmp_path / "natten" / "__init__.py").write_text("__version__ = '0.21.7'")
-    (tmp_path / "natten" / "functional.py").touch()
-    attempt = """
-try:
-    from transformers import DinatModel
-except ImportError as error:
-    assert "cannot import name 'natten2dav'" in str(error)
-else:
-    raise AssertionError("transformers' own DiNAT is imported: nothing is left to repair")
-"""
-    enabling = "from dinat_triton.integrations.transformers import enable\nenable()\n"
-    run((attempt if fails_first else "") + enabling + RUN, tmp_path)
-
-
-def test_without_transformers() -> None:
-    run(
-        HIDE.format(name="transformers")
-        + """
-import dinat_triton, sys
-import dinat_triton.integrations.transformers as integration
-import dinat_triton.integrations.natten, dinat_triton.integrations.natten_0_14
-try:
-    integration.enable()
-except ImportError as error:
-    assert "pip install 'dinat-triton[transformers]'" in str(error)
-else:
-    raise AssertionError("enabled what is not there")
-"""
-    )
-
-
-def test_importing_the_package_imports_no_transformers() -> None:
-    run("import dinat_triton, dinat_triton.integrations.natten, sys\nassert 'transformers' not in sys.modules")

@@ -12,9 +12,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.models.dinat.configuration_dinat import DinatConfig
 
-from dinat_triton.integrations.transformers import is_enabled, load_modeling
+from dinat_triton.integrations.dinat import FLAGS
+from dinat_triton.integrations.transformers import enable, load_modeling
 
-_dinat: Any = load_modeling()  # before anything else of it is imported, which an incompatible NATTEN would break
+_dinat: Any = load_modeling()
 
 __all__ = ["NatBackbone", "NatConfig", "NatForImageClassification", "NatModel", "NatPreTrainedModel"]
 
@@ -38,14 +39,13 @@ class NatPreTrainedModel(_dinat.DinatPreTrainedModel):
     config: NatConfig
     config_class = NatConfig
     base_model_prefix = "nat"
+    accepts_loss_kwargs = FLAGS["accepts_loss_kwargs"]
+    supports_gradient_checkpointing = FLAGS["supports_gradient_checkpointing"]
+    _no_split_modules = FLAGS["_no_split_modules"]
 
     def __init__(self, config: NatConfig, *args: Any, **kwargs: Any) -> None:
-        if not is_enabled():
-            raise RuntimeError(
-                f"{type(self).__name__} runs on transformers' DiNAT, which is broken until "
-                f"dinat_triton.integrations.transformers.enable() is called"
-            )
-        super().__init__(config, *args, **kwargs)
+        with enable():
+            super().__init__(config, *args, **kwargs)
 
 
 class NatModel(NatPreTrainedModel, _dinat.DinatModel):
@@ -58,8 +58,6 @@ class NatBackbone(NatPreTrainedModel, _dinat.DinatBackbone):
 
 class NatForImageClassification(NatPreTrainedModel):
     """A NAT with a linear classifier."""
-
-    accepts_loss_kwargs = False  # a Trainer divides the loss by the steps and processes that gradients are summed over
 
     def __init__(self, config: NatConfig) -> None:
         super().__init__(config)

@@ -2,9 +2,9 @@
 
 transformers takes its attention from functions that NATTEN dropped in 0.17.5, so no installed NATTEN helps: without one
 its constructors raise, with a newer one the import does. And since 4.54 its own forward moves the wrong axis, so that
-no operator alone can repair it. `enable()` replaces three things in `transformers.models.dinat.modeling_dinat`: the
-forward of its attention, the check of its constructors for NATTEN, and what its classifier tells a Trainer about its
-loss. Parameters and checkpoints stay as they are.
+no operator alone can repair it. `enable()` replaces, in `transformers.models.dinat.modeling_dinat`, the check of its
+constructors for NATTEN, what its models tell a Trainer about themselves, and the parts in `dinat.py` beside this file.
+Parameters and checkpoints stay as they are.
 """
 
 from __future__ import annotations
@@ -16,10 +16,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor
-
-from dinat_triton.functional import na2d
-from dinat_triton.integrations.unfused import aggregate, scores
+from dinat_triton.integrations.replacements import Enabled, Replacements
 
 OLDEST = (5, 14)
 MODELING = "transformers.models.dinat.modeling_dinat"
@@ -27,6 +24,7 @@ MODELING = "transformers.models.dinat.modeling_dinat"
 # What is replaced is recognised by its parameters and by the names that its code uses: all that the replacement relies
 # on, and what it leaves out. Unlike a hash of the source this survives comments, annotations and new formatting, and it
 # needs no source file. A forward that was repaired or does anything else names other things, and is refused.
+_USED = ("requires_backends", "NeighborhoodAttention", "DinatLayer", "DinatPatchEmbeddings", "DinatPreTrainedModel")
 _INIT = ("self", "config", "dim", "num_heads", "kernel_size", "dilation")
 _FORWARD = ("self", "hidden_states", "output_attentions")
 _NAMES = {
@@ -35,63 +33,53 @@ _NAMES = {
     *("natten2dqkrpb", "nn", "functional", "softmax", "dropout", "natten2dav"),
 }
 
-# What `enable` replaced: (owner, name) to the original, or to MISSING. Empty while it is not in force.
-_replaced: dict[tuple[Any, str], Any] = {}
-MISSING = object()
-
-
-class Enabled:
-    """What `enable` returns: a context manager that ends what its `enable` began, and nothing from before."""
-
-    def __init__(self, is_new: bool):
-        self._is_new = is_new
-
-    def __enter__(self) -> Enabled:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._is_new:
-            disable()
+# What `enable` replaced. Empty while it is not in force.
+_replaced = Replacements()
 
 
 def enable() -> Enabled:
     """Makes transformers' DiNAT run on this package's attention, with any NATTEN installed or none, until `disable`.
 
-    Models that exist already change with it. The model type `nat`, which transformers dropped, returns too. Enabling
-    twice changes nothing. As a context manager it disables again, unless it had been enabled before.
+    Models made from then on are repaired for good: they work after `disable`, and in other processes. Those that exist
+    already run until `disable`. The model type `nat`, which transformers dropped, returns too. Enabling twice changes
+    nothing. As a context manager it disables again, unless it had been enabled before.
 
     Raises:
         ImportError: transformers is not installed.
         RuntimeError: It is too old, or its code is not what this knows how to repair.
     """
     if _replaced:
-        return Enabled(False)
+        return Enabled(None)
     modeling = load_modeling()
     check_recognised(modeling)
-    from dinat_triton.integrations import nat
+    from dinat_triton.integrations import dinat, nat
 
     nat.register()  # the only thing here that can fail still: the name may be taken
     requires_backends = modeling.requires_backends
 
     def requires_other_backends(obj: Any, backends: Any) -> None:
+        """Called by every constructor."""
         named = backends if isinstance(backends, (list, tuple)) else [backends]
         requires_backends(obj, [name for name in named if name != "natten"])
+        if isinstance(obj, modeling.DinatPreTrainedModel):
+            vars(obj).update(dinat.FLAGS)  # its class has them only while enabled
 
-    _replace(modeling.NeighborhoodAttention, "forward", _forward)
-    _replace(modeling, "requires_backends", requires_other_backends)
-    # Its forward takes keyword arguments but gives none to its loss. A Trainer that thinks otherwise does not divide
-    # the loss by the steps and processes that gradients are summed over.
-    _replace(modeling.DinatForImageClassification, "accepts_loss_kwargs", False)
-    return Enabled(True)
+    _replaced.replace(modeling, "requires_backends", requires_other_backends)
+    _replaced.replace(modeling.NeighborhoodAttention, "forward", dinat.NeighborhoodAttention.forward)
+    for part in dinat.PARTS:
+        _replaced.replace(modeling, part.__name__, part)
+    for name, value in (dinat.FLAGS | {"__reduce_ex__": dinat.reduce}).items():
+        _replaced.replace(modeling.DinatPreTrainedModel, name, value)
+    for name in nat.__all__:
+        _replaced.replace(sys.modules["transformers"], name, getattr(nat, name))
+    return Enabled(disable)
 
 
 def disable() -> None:
     """Gives transformers back its own code, which does not run. Does nothing where `enable` is not in force."""
     if not _replaced:
         return
-    for (owner, name), original in _replaced.items():
-        delattr(owner, name) if original is MISSING else setattr(owner, name, original)
-    _replaced.clear()
+    _replaced.restore()
     from dinat_triton.integrations import nat
 
     nat.unregister()
@@ -100,11 +88,6 @@ def disable() -> None:
 def is_enabled() -> bool:
     """Whether `enable` is in force."""
     return bool(_replaced)
-
-
-def _replace(owner: Any, name: str, new: Any) -> None:
-    _replaced[owner, name] = vars(owner).get(name, MISSING)
-    setattr(owner, name, new)
 
 
 def load_modeling() -> ModuleType:
@@ -137,9 +120,9 @@ def check_recognised(modeling: ModuleType) -> None:
     """Refuses code that is not known: a blind repair could compute something else without a word."""
     import transformers
 
-    attention = getattr(modeling, "NeighborhoodAttention", None)
-    if attention is None or not hasattr(modeling, "requires_backends"):
-        difference = "it has no NeighborhoodAttention, or no check for NATTEN"
+    attention: Any = vars(modeling).get("NeighborhoodAttention")
+    if missing := [name for name in _USED if not hasattr(modeling, name)]:
+        difference = f"it has no {', '.join(missing)}"
     elif (found := tuple(inspect.signature(attention.__init__).parameters)) != _INIT:
         difference = f"NeighborhoodAttention takes {found}, not {_INIT}"
     elif (found := tuple(inspect.signature(attention.forward).parameters)) != _FORWARD:
@@ -153,19 +136,3 @@ def check_recognised(modeling: ModuleType) -> None:
         f"{difference}. Nothing was changed. It may have been repaired there: try it without enable(); otherwise "
         f"install a newer dinat-triton, or an older transformers (5.14 to 5.24 are known to work)"
     )
-
-
-def _forward(self: Any, hidden_states: Tensor, output_attentions: bool | None = False) -> tuple[Tensor, ...]:
-    """What NeighborhoodAttention.forward is meant to compute."""
-    heads = (self.num_attention_heads, self.attention_head_size)
-    query, key, value = (layer(hidden_states).unflatten(-1, heads) for layer in (self.query, self.key, self.value))
-    if not output_attentions:
-        dropout_p = self.dropout.p if self.dropout.training else 0.0
-        context = na2d(query, key, value, self.kernel_size, dilation=self.dilation, rpb=self.rpb, dropout_p=dropout_p)
-        return (context.flatten(-2),)
-    # The probabilities are an output here, so they have to exist.
-    query, key, value = (x.movedim(-2, 1) for x in (query * self.attention_head_size**-0.5, key, value))
-    logits = scores(query, key, self.kernel_size, self.dilation, rpb=self.rpb)
-    probabilities = self.dropout(logits.softmax(-1))
-    context = aggregate(probabilities, value, self.kernel_size, self.dilation)
-    return context.movedim(1, -2).flatten(-2), probabilities
