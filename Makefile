@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
+# Compiled at once, because many tests start processes, and all of these import torch and timm.
+UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 # Processes side by side: threads that spin while they wait would only take each other's cores.
 QUIET := OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0
 # This machine's folder in bench/results/.
 RESULTS = $(shell $(BIN)/python -c 'from dinat_triton.bench.harness import default_path; print(default_path("cpu", "").parent)')
 
-.PHONY: help demo test test-slow test-timm test-gpu lint bench figures notebooks wheel clean
+.PHONY: help demo test test-slow test-timm test-gpu mutants lint bench figures notebooks wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -47,6 +48,9 @@ test-timm: $(VENV)/made ## timm's own model tests over all models
 
 test-gpu: $(VENV)/made ## the tests that need a GPU
 	@$(BIN)/python -m pytest -m gpu
+
+mutants: $(VENV)/natten ## plants bugs, and shows which test catches each
+	@$(QUIET) $(BIN)/python tests/mutants.py
 
 lint: $(VENV)/made ## ruff and mypy
 	@echo "== Linting"

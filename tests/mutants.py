@@ -1,0 +1,120 @@
+"""Plants bugs, each in a copy of the tree, and runs the tests that should catch it: `make mutants`.
+
+With words, only the bugs that have one of them in their name or file: `python tests/mutants.py kernels dropout`. Fails
+if a bug's text is not found exactly once, if a bug survives, or if the test that caught one fails without it too.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# By file and tests: what the bug is, the right text, the wrong one.
+# fmt: off
+BUGS = {
+    "dinat_triton/geometry.py test_geometry": [
+        ("window off by one", "leader - self.kernel // 2, 0", "leader - self.kernel // 2 + 1, 0"),
+        ("causal leader", "leader + self.stride - 1, length", "leader + self.stride, length"),
+        ("stride leader", "leader + self.stride // 2, length", "leader + (self.stride - 1) // 2, length"),
+        ("residue class order", "own = index * self.dilation + residue", "own = index + len(index) * residue"),
+        ("transposed plan observers", '(end, key, side="right")', '(end, key, side="left")'),
+        ("wrong axis", "total * shape[axis] + index", "total * shape[axis - 1] + index")],
+    "dinat_triton/plan.py test_plan": [("border of a plan", "2 * (axis.kernel + axis.stride)", "axis.kernel // 2")],
+    "dinat_triton/reference.py test_brute": [
+        ("missed mask", "logits.masked_fill(~seen[..., None], -torch.inf)", "logits"),
+        ("GQA head grouping", "b n (h g) d", "b n (g h) d")],
+    "dinat_triton/reference.py test_functional": [("dropout not made up for", "* keep / (1 - dropout_p)", "* keep")],
+    "dinat_triton/dropout.py test_dropout": [("dropout rounds", "range(10)", "range(9)")],
+    "dinat_triton/dropout.py kernels/test_interpreted": [("pair of a draw", "(seed, key, query", "(seed, query, key")],
+    "dinat_triton/bias.py test_brute": [("bias gradient of one pair", "sums.index_add_(1", "sums.index_copy_(1")],
+    "dinat_triton/tiled.py test_brute": [
+        ("delta sign", "dp.sub_((p * dp)", "dp.add_((p * dp)"),
+        ("dk scale missing", "(ds.mT @ qt).mul_(scale)", "(ds.mT @ qt)")],
+    "dinat_triton/ops.py test_brute": [
+        ("lse gradient lost", "grad_lse if ctx.need_lse else None", "None"),
+        ("scale of another dim", "query.shape[-1] ** -0.5 if scale", "value.shape[-1] ** -0.5 if scale")],
+    "dinat_triton/modules.py test_modules": [
+        ("padding at the wrong end", "[0, missing]", "[missing, 0]"),
+        ("cropping at the wrong end", "x.narrow(axis, 0,", "x.narrow(axis, x.shape[axis] - like.shape[axis],")],
+    "kernels/forward.py kernels/test_interpreted": [
+        ("lse sign", "m * scale + tl.log2", "m * scale - tl.log2"),
+        ("online sum does not shrink", "total_next += total * shrink", "total_next += total"),
+        ("key heads of a group", "kv_head = head // group", "kv_head = head % group"),
+        ("batch offset", "store_row(lse + row_at,", "store_row(lse + row_at - i,")],
+    "kernels/primitives.py kernels/test_interpreted": [
+        ("last-channel mask", "< CHANNELS\n    return tl.load", "<= CHANNELS\n    return tl.load"),
+        ("token stride", "tl.load(at + tok[:, None] * stride + chan", "tl.load(at + tok[:, None] * CHANNELS + chan"),
+        ("missed mask of a tile", 'seen, other=float("-inf")', "seen, other=0.0"),
+        ("end of a row's window", "& (row_last - col_place) & guards", "& guards"),
+        ("unscaled bias", ".to(tl.float32) * inv_scale", ".to(tl.float32)"),
+        ("table order of accumulators", "n // 4 % 4 * 2 + n % 2", "n // 4 % 4 + n % 2 * 4")],
+    "kernels/backward.py kernels/test_interpreted": [
+        ("dq scale", "dot(ds, k_tile, None, PRECISION) * scale", "dot(ds, k_tile, None, PRECISION)"),
+        ("dv without dropout", "dropped.to(do_tile.dtype), do_tile, dv", "p.to(do_tile.dtype), do_tile, dv"),
+        ("bias gradient of one batch split", "count = (end - first) * splits", "count = end - first")],
+    "kernels/prepare.py test_prepare": [("any address is aligned", "data_ptr() % ALIGNMENT", "data_ptr() % 1")],
+    "tests/oracles/gpu.py test_compiled": [("dropped barrier", ".decode()", '.decode().replace("bar.sync", "//")')],
+    "tests/oracles/ptx/memory.py test_machine": [("races go unseen", 'raise Fault("warps meet', 'print("warps meet')],
+    "models/checkpoints.py test_checkpoints": [
+        ("key template", '"layernorm_before.{p}"', '"layernorm_after.{p}"'),
+        ("order of query and key", 'for name in ("query", "key", "value")]', 'for name in ("key", "query", "value")]')],
+    "models/dinat.py test_models": [
+        ("dilation of a variant", '"384": [[1, 13], [1, 6], [1, 3]', '"384": [[1, 13], [1, 6], [1, 2]'),
+        ("drop path", "drop_path[sum(depths[:i]) : sum(depths[: i + 1])]", "drop_path[: depths[i]]"),
+        ("norm before the MLP", "self.mlp(self.norm2(x))", "self.mlp(self.norm1(x))")],
+    "dinat_triton/integrations/natten.py test_natten_namespace": [
+        ("NATTEN's argument order", '\n_OF_0_17 = ("dilation", "is', '\n_OF_0_17 = ("rpb", "dilation", "is'),
+        ("NATTEN's additional keys", "(part - lse).exp()", "(lse - part).exp()")],
+    "dinat_triton/integrations/transformers.py test_transformers": [
+        ("transformers' dilation", "dilation=self.dilation, rpb=self.rpb, drop", "rpb=self.rpb, drop"),
+        ("dropout when evaluating", "self.dropout.p if self.dropout.training else 0.0", "self.dropout.p")],
+    "dinat_triton/receptive_field.py test_plots": [("downsampling", "centre = 2 * ", "centre = 1 + 2 * ")],
+    "dinat_triton/store.py test_store": [("nearest tuned entry", "min(keys, key=distance)", "max(keys, key=distance)")],
+    "dinat_triton/tuner/search.py bench/test_tune": [("tuner's winner", "key=self.median)", "key=self.median)[::-1]")],
+    "bench/compare.py bench/test_bench_compare": [("compare's percentiles", "self.b.p20 > s", "self.b.median > s")],
+}
+# fmt: on
+
+
+def run(tests: list[str], file: str = "pyproject.toml", old: str = "", new: str = "") -> tuple[int, list[str]]:
+    """pytest's exit code in a copy of the tree with another text in a file, and the tests that failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = shutil.copytree(ROOT, Path(folder, "tree"), symlinks=True, ignore=shutil.ignore_patterns(".*"))
+        (copy / file).write_text((copy / file).read_text().replace(old, new))
+        environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+        environment["TRITON_INTERPRET"] = str(int("tests/kernels" in tests[0]))
+        command = [sys.executable, "-m", "pytest", "-qx", *tests]
+        code = subprocess.run(command, cwd=copy, env=environment, capture_output=True, check=False).returncode
+        failed = copy / ".pytest_cache/v/cache/lastfailed"
+        return code, list(json.loads(failed.read_text())) if failed.exists() else []
+
+
+def hunt(file: str, tests: str, name: str, old: str, new: str) -> list[str]:
+    """The test that catches a bug, if any: one that passes without it."""
+    start = time.monotonic()
+    code, caught = run([f"tests/{tests}.py"], file, old, new)
+    if code != 1 or run(caught)[0]:
+        caught = []
+    print(f"{name:<30}  {''.join(caught) or 'SURVIVES':<90}  {time.monotonic() - start:4.0f} s", flush=True)
+    return caught
+
+
+def main(words: list[str]) -> None:
+    bugs = [(*place.split(), *bug) for place, some in BUGS.items() for bug in some]
+    bugs = [bug for bug in bugs if any(word in f"{bug[0]} {bug[2]}" for word in words)]
+    if unclear := [name for file, _, name, old, _ in bugs if (ROOT / file).read_text().count(old) != 1]:
+        sys.exit(f"the old text of a bug must be in its file exactly once, that of these is not: {', '.join(unclear)}")
+    with ThreadPoolExecutor(2) as pool:
+        caught = list(pool.map(lambda bug: hunt(*bug), bugs))
+    print(f"{len(bugs) - caught.count([])} of {len(bugs)} bugs were caught")
+    sys.exit(any(not tests for tests in caught))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or [""])
