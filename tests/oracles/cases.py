@@ -1,4 +1,4 @@
-"""Problems of attention, run by any backend and compared with the reference in float64."""
+"""Problems of attention, run by any backend or by brute force, and compared in float64."""
 
 import random
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import dinat_triton as dt
+from tests.oracles import brute
 from tests.oracles.sampling import Sample
 
 NA = {1: dt.na1d, 2: dt.na2d, 3: dt.na3d}
@@ -24,13 +25,19 @@ class Case:
     dropout_p: float = 0.0
 
     def run(self, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Outputs and gradients; the bias is never narrower than float32, as a parameter under autocast would be."""
+        """Outputs and gradients; the bias is never narrower than float32, as a parameter under autocast would be.
+
+        `backend` is one of ours, or "brute" for loops over the definition.
+        """
         wide = torch.promote_types(dtype, torch.float32)
         leaves = [x.to(dtype if i < 3 else wide).detach().requires_grad_() for i, x in enumerate(self.leaves)]
-        options = self.sample.kwargs() | {"scale": self.scale, "dropout_p": self.dropout_p, "return_lse": True}
-        rpb = leaves[3] if len(leaves) == 4 else None
-        torch.manual_seed(3)  # the same dropout everywhere
-        out, lse = NA[self.sample.rank](*leaves[:3], rpb=rpb, **options, backend=backend)
+        options = self.sample.kwargs() | {"scale": self.scale, "rpb": leaves[3] if len(leaves) == 4 else None}
+        if backend == "brute":
+            out, lse = brute.attention(*leaves[:3], **options)
+        else:
+            torch.manual_seed(3)  # the same dropout everywhere
+            options |= {"dropout_p": self.dropout_p, "return_lse": True, "backend": backend}
+            out, lse = NA[self.sample.rank](*leaves[:3], **options)
         grads = torch.autograd.grad([out, lse], leaves, [self.grad_out.to(out.dtype), self.grad_lse.to(lse.dtype)])
         names = ("out", "lse", "grad_query", "grad_key", "grad_value", "grad_rpb")
         return dict(zip(names, (out.detach(), lse.detach(), *grads), strict=False))
@@ -53,11 +60,15 @@ def make_case(sample: Sample, rng: random.Random, **options) -> Case:
     return Case(sample, leaves, normal(*lead, heads, value_dim), normal(*lead, heads), **options)
 
 
-def check(case: Case, dtype: torch.dtype = torch.float32, tolerance: float = 1e-5) -> None:
-    exact = case.run("reference", torch.float64)
-    for name, value in case.run("triton", dtype).items():
-        error = (value.double() - exact[name]).norm() / exact[name].norm().clamp(min=1e-3)
-        assert error < tolerance, f"{name} is off by {error:.1e} on {case.sample}"
+def check(
+    case: Case, dtype: torch.dtype = torch.float32, tolerance: float = 1e-5, *backends: str, truth: str = "reference"
+) -> None:
+    """Compares backends, by default the kernels, with another one in float64."""
+    exact = case.run(truth, torch.float64)
+    for backend in backends or ("triton",):
+        for name, value in case.run(backend, dtype).items():
+            error = (value.double() - exact[name]).norm() / exact[name].norm().clamp(min=1e-3)
+            assert error < tolerance, f"{name} of {backend} is off by {error:.1e} on {case.sample}"
 
 
 def check_narrow(case: Case, dtype: torch.dtype) -> None:
