@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from contextvars import ContextVar
 from importlib.util import find_spec
 
 from torch import Tensor
@@ -14,35 +15,39 @@ from torch import Tensor
 NAMES = ("triton", "tiled", "reference")
 ENVIRONMENT = "DINAT_TRITON_BACKEND"
 
-_chosen: str | None = os.environ.get(ENVIRONMENT) or None
+_chosen: ContextVar[str | None] = ContextVar("use_backend", default=os.environ.get(ENVIRONMENT) or None)
 
 
 class use_backend:
     """Chooses the backend of every call that names none: as a statement, or for the length of a `with` block.
+
+    A choice holds in its own thread or asyncio task, and in tasks that this starts. Every other thread runs what the
+    environment variable DINAT_TRITON_BACKEND chose: new ones too, and those in which torch runs a backward on a GPU,
+    which matters to gradient checkpointing. Where torch.compile takes a whole function, calls in it name their backend.
 
     Args:
         name: "triton", "tiled" or "reference"; None goes back to the best that can run each call.
     """
 
     def __init__(self, name: str | None):
-        global _chosen
         if name is not None:
             _check_name(name, "backend")
-        self._previous, _chosen = _chosen, name
+        self._previous = _chosen.get()
+        _chosen.set(name)
 
     def __enter__(self) -> use_backend:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        global _chosen
-        _chosen = self._previous
+        _chosen.set(self._previous)
 
 
 def current_backend() -> str | None:
     """What `use_backend` or the environment chose, or None."""
-    if _chosen is not None:
-        _check_name(_chosen, ENVIRONMENT)
-    return _chosen
+    name = _chosen.get()
+    if name is not None:
+        _check_name(name, ENVIRONMENT)
+    return name
 
 
 def resolve(name: str | None, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> str:

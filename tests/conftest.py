@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinat_triton import dispatch, store
+import dinat_triton as dt
+from dinat_triton import store
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -24,9 +25,9 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_backend_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_backend_chosen() -> None:
     """A backend that one test chose, or the environment, must not decide another."""
-    monkeypatch.setattr(dispatch, "_chosen", None)
+    dt.use_backend(None)
 
 
 @pytest.fixture

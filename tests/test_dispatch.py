@@ -1,8 +1,11 @@
 """The backend switch: the argument, the context manager, the setter, the environment."""
 
+import asyncio
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
@@ -60,6 +63,36 @@ def test_a_compiled_function_notices_the_switch(ran: list[str]) -> None:
     with dt.use_backend("reference"):
         compiled()
     assert set(ran) == {"tiled", "reference"}
+
+
+def test_threads_and_tasks_do_not_meet() -> None:
+    together = Barrier(2)
+
+    def thread(name: str) -> tuple[str | None, ...]:
+        before = dispatch.current_backend()
+        together.wait()
+        with dt.use_backend(name):
+            together.wait()
+            inside = dispatch.current_backend()
+            together.wait()
+        return before, inside, dispatch.current_backend()
+
+    async def task(name: str) -> tuple[str | None, ...]:
+        before = dispatch.current_backend()
+        with dt.use_backend(name):
+            await asyncio.sleep(0)
+            inside = dispatch.current_backend()
+            await asyncio.sleep(0)
+        return before, inside, dispatch.current_backend()
+
+    async def tasks() -> list[tuple[str | None, ...]]:
+        return await asyncio.gather(task("reference"), task("tiled"))
+
+    dt.use_backend("triton")
+    with ThreadPoolExecutor(2) as pool:
+        assert [*pool.map(thread, ("reference", "tiled"))] == [(None, "reference", None), (None, "tiled", None)]
+    assert asyncio.run(tasks()) == [("triton", "reference", "triton"), ("triton", "tiled", "triton")]
+    assert dispatch.current_backend() == "triton"
 
 
 def test_unknown_names_are_refused() -> None:
