@@ -34,7 +34,7 @@ LIBRARY.define(
     "str backend) -> (Tensor, Tensor)"
 )
 LIBRARY.define(
-    "fused_backward(Tensor[] qkv, Tensor? rpb, Tensor? seed, Tensor out, Tensor lse, Tensor grad_out, "
+    "fused_backward(Tensor[] qkv, Tensor? rpb, Tensor? seed, Tensor? out, Tensor? lse, Tensor grad_out, "
     "Tensor? grad_lse, int[] window, float scale, float dropout_p, str backend) -> (Tensor[], Tensor)"
 )
 
@@ -95,16 +95,16 @@ def _fused_fake(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend):
 
 
 def _fused_backward(qkv, rpb, seed, out, lse, grad_out, grad_lse, window, scale, dropout_p, backend):
-    if _is_autocast_on(device := out.device.type):  # the backward's, whatever was on in the forward
+    if _is_autocast_on(device := grad_out.device.type):  # the backward's, whatever was on in the forward
         with torch.autocast(device, enabled=False):
             return _fused_backward(qkv, rpb, seed, out, lse, grad_out, grad_lse, window, scale, dropout_p, backend)
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in qkv]
     if qkv[0].numel() == 0:
-        return grads, _no_bias(rpb, out).zero_()
+        return grads, _no_bias(rpb, grad_out).zero_()
     grad_rpb = _module(backend).backward(
         qkv, rpb, seed, out, lse, grad_out, grad_lse, _geometry(qkv, window), scale, dropout_p, grads
     )
-    return grads, _no_bias(rpb, out) if grad_rpb is None else grad_rpb
+    return grads, _no_bias(rpb, grad_out) if grad_rpb is None else grad_rpb
 
 
 def _fused_backward_fake(qkv, rpb, seed, out, lse, grad_out, grad_lse, window, scale, dropout_p, backend):
@@ -133,7 +133,8 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rpb, seed, window, scale, dropout_p, need_lse, backend, *qkv):
         out, lse = _below_autograd(FUSED, list(qkv), rpb, seed, window, scale, dropout_p, need_lse, backend)
-        ctx.save_for_backward(*qkv, rpb, seed, out, lse)
+        # Only Triton's backward reads the outputs; others leave them to whoever wants to change them in place.
+        ctx.save_for_backward(*qkv, rpb, seed, *((out, lse) if backend == "triton" else (None, None)))
         ctx.need_lse, ctx.options = need_lse, (window, scale, dropout_p, backend)
         ctx.set_materialize_grads(False)  # no zeros for a log-sum-exp that nobody uses
         return out, lse
@@ -141,7 +142,9 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
         *qkv, rpb, seed, out, lse = ctx.saved_tensors
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        if grad_out is None:
+            query, _, value = unpack(qkv)
+            grad_out = query.new_zeros(*query.shape[:-1], value.shape[-1])
         grad_lse = grad_lse if ctx.need_lse else None
         arguments = (qkv, rpb, seed, out, lse, grad_out, grad_lse, *ctx.options)
         # Where these gradients are recorded in turn, autograd has to learn that they have none.
@@ -163,7 +166,7 @@ def _fused_autograd(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend)
 
 def _below_autograd(op, *args):
     """Calls an op without the detour over its autograd."""
-    with torch._C._AutoDispatchBelowAutograd():
+    with torch._C._AutoDispatchBelowADInplaceOrView():
         return op(*args)
 
 
