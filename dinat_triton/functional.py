@@ -85,7 +85,8 @@ def _public(rank: int):
         stride: Queries that share one window.
         dilation: Distance between neighboring keys of a window; `kernel_size * dilation` must fit the map.
         is_causal: Whether a query sees only keys at or before its own position on that axis.
-        rpb: Relative positional bias `[heads, 2 * kernel_size - 1 per axis]`, in units of dilation, not scaled.
+        rpb: Relative positional bias `[heads, 2 * kernel_size - 1 per axis]`, in units of dilation, not scaled. -inf
+            hides a key; a query that sees none gets zeros, and a log-sum-exp of -inf.
         scale: Of the dot products; `dim ** -0.5` by default.
         dropout_p: Probability of dropping an attention probability. Pass 0 when evaluating.
         return_lse: Whether to return the log-sum-exp of the logits too.

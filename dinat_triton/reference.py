@@ -41,14 +41,16 @@ def attention(
     if rpb is not None:
         logits = logits + rearrange(rpb.to(wide).flatten(1)[:, offsets], "h n m -> n m h")
     logits = logits.masked_fill(~seen[..., None], -torch.inf)
+    empty = (logits == -torch.inf).all(2, keepdim=True)  # the bias may hide every key of a window
+    logits = logits.masked_fill(empty, 0)
 
-    probabilities = logits.softmax(2)
+    probabilities = logits.softmax(2).masked_fill(empty, 0)
     if seed is not None:
         batch_head = torch.arange(len(q) * heads, device=device).view(-1, 1, 1, heads)
         keep = keep_mask(seed, dropout_p, tokens[..., None], own[..., None], batch_head)
         probabilities = probabilities * keep / (1 - dropout_p)
     out = (probabilities[..., None] * values).sum(2).to(value.dtype)
-    lse = logits.logsumexp(2)
+    lse = logits.logsumexp(2).masked_fill(empty.squeeze(2), -torch.inf)
     return out.unflatten(1, geometry.shape), lse.unflatten(1, geometry.shape)
 
 

@@ -70,7 +70,7 @@ def attend_with_lse(call: Call, group: Group, table: Tensor) -> tuple[Tensor, Te
     """The same with its log-sum-exp, and with dropout."""
     q, k, v = call.tiles(group)
     logits = call.logits(q, k, table)
-    tile = (call.drop(logits.softmax(-1), group) @ v.to(call.dtype)).to(q.dtype)
+    tile = (call.drop(call.softmax(logits, -1), group) @ v.to(call.dtype)).to(q.dtype)
     return tile, logits.logsumexp(-1, keepdim=True)
 
 
@@ -102,7 +102,7 @@ def backward(
             # Contiguous, because each goes into two products, and each product would copy it.
             qt, kt, vt = (x.to(call.dtype).contiguous() for x in call.tiles(group))
             do = call.take_rows(grad_out, group).to(call.dtype).contiguous()
-            p = call.logits(qt, kt, table).softmax(-1)
+            p = call.softmax(call.logits(qt, kt, table), -1)
             call.add(call.drop(p, group).mT @ do, group, grad_v)
             dp = call.drop(do @ vt.mT, group)
             ds = dp.sub_((p * dp).sum(-1, keepdim=True))
@@ -142,6 +142,9 @@ class Call:
         self.batch, self.heads, self.kv_heads = query.shape[0], query.shape[-2], key.shape[-2]
         self.dtype = torch.promote_types(query.dtype, torch.float32)
         self.rpb = rpb
+        # Looking for rows that see nothing costs as much as the softmax. On a GPU, asking would cost more than looking.
+        hides = rpb is not None and (rpb.device.type != "cpu" or bool(rpb.isneginf().any()))
+        self.softmax = torch._safe_softmax if hides else torch.softmax
         tile = tile or choose_tile(geometry, self.batch, self.heads, query.dtype, query.device.type)
         self.parts = parts_of(geometry, tile, query.device, len(qkv) == 1)
         self.is_whole, self.is_packed = self.parts[0].is_whole, self.parts[0].is_packed

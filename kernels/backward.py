@@ -18,6 +18,7 @@ from dinat_triton.kernels.primitives import (
     chunk_logits,
     dot,
     drop,
+    load_lse2,
     load_pair,
     load_row,
     load_tile,
@@ -70,7 +71,7 @@ def closed_backward_kernel(
             do_tile = load_tile(do_at, row_tok, do_token, DV, BLOCK_DV)  # [R, DV]
 
             s = dot(q_tile, tl.trans(k_tile), bias, PRECISION)  # [R, C]
-            p = tl.exp2(s * to_log2 - (load_row(lse + row_at, row_tok, heads) * LOG2E)[:, None])
+            p = tl.exp2(s * to_log2 - load_lse2(lse + row_at, row_tok, heads)[:, None])
             draw_row, draw_col = row_tok[:, None], col_tok[None, :]
             draw_head = item * heads + head
             dropped = p
@@ -161,7 +162,7 @@ def query_backward_kernel(
             k_at = k + i * k_batch + head // group * k_head
             v_at = v + i * v_batch + head // group * v_head
             if GRAD_QUERY:
-                row_lse2 = load_row(lse + row_at, row_tok, heads) * LOG2E
+                row_lse2 = load_lse2(lse + row_at, row_tok, heads)
                 delta = tl.zeros((ROWS,), tl.float32)
                 if HAS_GRAD_LSE:
                     delta -= load_row(grad_lse + row_at, row_tok, heads)

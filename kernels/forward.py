@@ -6,6 +6,7 @@ import triton.language as tl
 from dinat_triton.kernels.primitives import (
     LN2,
     LOG2E,
+    LOWEST,
     RUNTIME,
     chunk_logits,
     dot,
@@ -21,9 +22,6 @@ from dinat_triton.kernels.primitives import (
     store_tile,
 )
 
-# Below any logit, and finite: a running maximum that starts here never meets (-inf) - (-inf).
-LOWEST = tl.constexpr(-1e30)
-
 
 @triton.jit
 def attend(
@@ -32,9 +30,7 @@ def attend(
 ):  # fmt: skip
     """Attends to one chunk of columns; ONLINE adds it to the maximum, sum and output of the chunks before."""
     v_tile = load_tile(v_at, col_tok, v_token, DV, BLOCK_DV)  # [C, DV]
-    m_next = tl.max(s, 1)
-    if ONLINE:
-        m_next = tl.maximum(m, m_next)
+    m_next = tl.maximum(m, tl.max(s, 1))
     p = tl.exp2(s * to_log2 - (m_next * to_log2)[:, None])
     total_next = tl.sum(p, 1)
     if DROPOUT:
@@ -112,5 +108,7 @@ def forward_kernel(
                         DV, BLOCK_DV, True, DROPOUT, PRECISION,
                     )  # fmt: skip
             row_at = i * tokens * heads + head  # out and lse are contiguous, heads after tokens
-            store_tile(out + row_at * DV, row_tok, heads * DV, acc * (1 / total)[:, None], DV, BLOCK_DV)
+            # Zero where the bias is -inf everywhere and a row sees nothing.
+            divisor = tl.maximum(total, 1e-30, propagate_nan=tl.PropagateNan.ALL)
+            store_tile(out + row_at * DV, row_tok, heads * DV, acc * (1 / divisor)[:, None], DV, BLOCK_DV)
             store_row(lse + row_at, row_tok, heads, m * scale + tl.log2(total) * LN2)

@@ -10,6 +10,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# Where running maxima start, and finite, so that they never meet (-inf) - (-inf). Lower logits count as -inf.
+LOWEST = tl.constexpr(-1e30)
 # Arguments of which no value is worth a kernel of its own.
 RUNTIME = ["guards", "batch", "batch_step", "tokens", "heads", "group", "bias_head", "keep_from", "max_chunks"]
 
@@ -38,6 +40,12 @@ def store_tile(at, tok, stride, tile, CHANNELS: tl.constexpr, BLOCK: tl.constexp
 def load_row(at, tok, stride):
     """One number per token of one head; zero in empty slots."""
     return tl.load(at + tok * stride, mask=tok >= 0, other=0.0)
+
+
+@triton.jit
+def load_lse2(lse_at, tok, stride):
+    """Log-sum-exps to base 2, finite: less than any logit where a row sees nothing, whose logits are all -inf."""
+    return tl.maximum(load_row(lse_at, tok, stride), LOWEST, propagate_nan=tl.PropagateNan.ALL) * LOG2E
 
 
 @triton.jit

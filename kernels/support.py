@@ -7,6 +7,8 @@ import triton
 from torch import Tensor
 
 MAX_DIM = 256
+# The kernels divide the bias by the scale, in float32.
+MIN_SCALE = 1e-30
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -20,6 +22,6 @@ def why_not(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> s
     for name, x in (("query and key", query), ("value", value)):
         if x.shape[-1] > MAX_DIM:
             return f"it takes head dims up to {MAX_DIM}, and {name} has {x.shape[-1]}"
-    if scale is not None and scale <= 0:
-        return f"it needs a positive scale, got {scale}"
+    if scale is not None and scale < MIN_SCALE:
+        return f"it needs a scale of at least {MIN_SCALE}, got {scale}"
     return None

@@ -11,7 +11,11 @@ from torch.autograd import gradcheck, gradgradcheck
 import dinat_triton as dt
 from dinat_triton import tiled
 from tests.oracles import sampling
+<<<<<<< HEAD
 from tests.oracles.cases import NA, check, make_case
+=======
+from tests.oracles.cases import hide, make_case
+>>>>>>> efde72d (A query whose every key the bias hides gets zeros, in all backends alike)
 
 BACKENDS = ("reference", "tiled")
 
@@ -117,6 +121,24 @@ def test_an_empty_batch_gives_an_empty_result_and_zero_bias_gradient(backend: st
 
 
 # NaN and infinity
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_query_that_sees_nothing_gets_zeros_and_gives_none(backend: str, causal: bool) -> None:
+    sample = sampling.Sample((9,), (3,), (2,), (1,), (causal,))
+    case = make_case(sample, random.Random(0), heads=4, batch=2, biased=True)
+    empty = hide(case)
+    found = case.run(backend, torch.float64)
+    assert torch.equal(found["lse"] == -torch.inf, empty)
+    assert torch.equal((found["out"] == 0).all(-1), empty)
+    query, key, value, rpb = case.leaves
+    close(dt.na1d(query, key, value, rpb=rpb, **sample.kwargs(), backend=backend), found["out"])  # without lse
+    case.grad_out[empty], case.grad_lse[empty] = 0, 0
+    case.leaves[3].clamp_(min=-1e3)
+    for name, expected in case.run("reference", torch.float64).items():
+        if name.startswith("grad"):
+            close(found[name], expected)
 
 
 def reached(out: Tensor) -> set[int]:

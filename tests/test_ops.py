@@ -72,6 +72,17 @@ def test_an_unused_output_costs_no_gradient_of_zeros(monkeypatch: pytest.MonkeyP
     same([x for x in found if x is not None], [x for x in exact if x is not None and x.any()])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kernel", [3, 5])  # some tiles of the map, and one that is all of it
+def test_outputs_can_be_changed_in_place(backend: str, kernel: int) -> None:
+    x = torch.randn(1, 5, 5, 2, 4, requires_grad=True)
+    out, lse = dt.na2d(x, x, x, kernel, return_lse=True, backend=backend)
+    expected = torch.autograd.grad((2 * out).sum() + (2 * lse).sum(), x, retain_graph=True)
+    out *= 2
+    lse *= 2
+    assert torch.equal(torch.autograd.grad(out.sum() + lse.sum(), x)[0], expected[0])
+
+
 def test_forward_mode_is_refused_rather_than_lost() -> None:
     x = torch.randn(1, 5, 5, 2, 4)
     with forward_ad.dual_level():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import dinat_triton as dt
 from tests.oracles import sampling
-from tests.oracles.cases import check, check_narrow, make_case
+from tests.oracles.cases import check, check_narrow, hide, make_case
 
 pytestmark = [
     pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="set TRITON_INTERPRET=1"),
@@ -37,18 +37,25 @@ def test_short_maps_where_all_queries_see_a_key(length: int, poisoned: None) -> 
     check(make_case(sampling.Sample((length,), (7,), (1,), (1,), (False,)), random.Random(length), heads=1))
 
 
-@pytest.mark.parametrize(
-    "sample",
-    [
-        sampling.Sample((8, 8), (4, 4), (2, 2), (1, 1), (False, False)),  # closed tiles of 16
-        sampling.Sample((9, 8), (5, 5), (1, 1), (1, 1), (False, False)),  # many chunks, every kind of border
-        sampling.Sample((11, 13), (3, 3), (2, 3), (1, 1), (False, False)),  # ragged residue classes
-        sampling.Sample((90,), (9,), (1,), (1,), (True,)),  # partial tiles and spans of T + k - 1
-    ],
-    ids=str,
-)
+CLOSED = sampling.Sample((8, 8), (4, 4), (2, 2), (1, 1), (False, False))  # tiles of 16
+MANY_CHUNKS = sampling.Sample((9, 8), (5, 5), (1, 1), (1, 1), (False, False))  # and every kind of border
+RAGGED = sampling.Sample((11, 13), (3, 3), (2, 3), (1, 1), (False, False))  # residue classes of several lengths
+PARTIAL = sampling.Sample((90,), (9,), (1,), (1,), (True,))  # tiles, and spans of T + k - 1
+
+
+@pytest.mark.parametrize("sample", [CLOSED, MANY_CHUNKS, RAGGED, PARTIAL], ids=str)
 def test_layers(sample: sampling.Sample, poisoned: None) -> None:
     check(make_case(sample, random.Random(0), heads=2, biased=True))
+
+
+@pytest.mark.parametrize("sample", [CLOSED, MANY_CHUNKS, PARTIAL], ids=str)
+def test_queries_that_see_nothing(sample: sampling.Sample, poisoned: None) -> None:
+    case = make_case(sample, random.Random(0), heads=2, batch=1, biased=True)
+    hide(case)
+    exact = case.run("reference", torch.float64)
+    case.leaves[3][1].clamp_(min=torch.finfo(torch.float32).min)  # hides a key as -inf does
+    for name, value in case.run("triton", torch.float32).items():
+        torch.testing.assert_close(value.double(), exact[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -124,7 +131,8 @@ def test_a_large_batch_is_split_and_a_small_one_walks_tiles(monkeypatch: pytest.
         ({"dtype": torch.float64}, "computes in float16, bfloat16 and float32, not torch.float64"),
         ({"dim": 264}, "takes head dims up to 256, and query and key has 264"),
         ({"device": "meta"}, "the tensors are on meta"),
-        ({"scale": -1.0}, "needs a positive scale, got -1.0"),
+        ({"scale": -1.0}, "needs a scale of at least 1e-30, got -1.0"),
+        ({"scale": 1e-40}, "needs a scale of at least 1e-30, got 1e-40"),
     ],
 )
 def test_what_it_cannot_do_it_says_and_the_next_best_takes_over(changes: dict, message: str) -> None:

@@ -60,6 +60,17 @@ def make_case(sample: Sample, rng: random.Random, **options) -> Case:
     return Case(sample, leaves, normal(*lead, heads, value_dim), normal(*lead, heads), **options)
 
 
+def hide(case: Case) -> Tensor:
+    """Hides all keys of head 0, and of other heads each query from itself; returns who then sees nothing."""
+    case.leaves[3][0] = -torch.inf
+    case.leaves[3][(slice(1, None), *(k - 1 for k in case.sample.kernel_size))] = -torch.inf
+    empty = torch.zeros(case.grad_lse.shape, dtype=torch.bool)
+    empty[..., 0] = True
+    if case.sample.is_causal == (True,):
+        empty[:, : case.sample.dilation[0]] = True  # the first of a residue class would see itself alone
+    return empty
+
+
 def check(
     case: Case, dtype: torch.dtype = torch.float32, tolerance: float = 1e-5, *backends: str, truth: str = "reference"
 ) -> None:
