@@ -11,11 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import dinat_triton as dt
 from dinat_triton import tiled
 from tests.oracles import sampling
-<<<<<<< HEAD
-from tests.oracles.cases import NA, check, make_case
-=======
-from tests.oracles.cases import hide, make_case
->>>>>>> efde72d (A query whose every key the bias hides gets zeros, in all backends alike)
+from tests.oracles.cases import NA, check, hide, make_case
 
 BACKENDS = ("reference", "tiled")
 
