@@ -23,17 +23,9 @@ class Pyramid(nn.Module):
     def __init__(self):
         super().__init__()
         self.body = timm.create_model(
-            "dinat_mini",
-            features_only=True,
-            feature_norms=True,
-            output_fmt="NCHW",
-            out_indices=(1, 2, 3),
-            dilations="auto",
-            img_size=SIZE,
-            embed_dim=32,
-            depths=(1, 1, 1, 1),
-            kernel_size=3,
-        )
+            "dinat_mini", features_only=True, feature_norms=True, output_fmt="NCHW", out_indices=(1, 2, 3),
+            dilations="auto", img_size=SIZE, embed_dim=32, depths=(1, 1, 1, 1), kernel_size=3,
+        )  # fmt: skip
         self.fpn = FeaturePyramidNetwork(self.body.feature_info.channels(), self.out_channels)
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -41,21 +33,15 @@ class Pyramid(nn.Module):
 
 
 def detector():
-    sizes = tuple((size,) for size in (16, 32, 48))
     levels = ["0", "1", "2"]
     return MaskRCNN(
-        Pyramid(),
-        num_classes=2,
-        min_size=SIZE,
-        max_size=SIZE,
-        rpn_anchor_generator=AnchorGenerator(sizes, ((1.0,),) * len(sizes)),
+        Pyramid(), num_classes=2, min_size=SIZE, max_size=SIZE,
+        rpn_anchor_generator=AnchorGenerator(((16,), (32,), (48,)), ((1.0,),) * 3),
         box_roi_pool=MultiScaleRoIAlign(levels, output_size=7, sampling_ratio=2),
         mask_roi_pool=MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=2),
-        rpn_batch_size_per_image=32,
-        box_batch_size_per_image=32,
-        rpn_post_nms_top_n_train=50,
-        rpn_post_nms_top_n_test=20,
-    )
+        rpn_batch_size_per_image=32, box_batch_size_per_image=32,
+        rpn_post_nms_top_n_train=50, rpn_post_nms_top_n_test=20,
+    )  # fmt: skip
 
 
 def squares(count):
@@ -64,9 +50,7 @@ def squares(count):
     images, targets = [], []
     for _ in range(count):
         image = 0.2 * torch.rand(3, SIZE, SIZE, generator=generator)
-        side, top, left = (
-            int(torch.randint(low, high, (), generator=generator)) for low, high in ((16, 32), (0, 32), (0, 32))
-        )
+        side, top, left = torch.randint(16, 32, (3,), generator=generator).tolist()
         mask = torch.zeros(SIZE, SIZE, dtype=torch.uint8)
         mask[top : top + side, left : left + side] = 1
         image[:, mask.bool()] += 0.7
@@ -82,7 +66,7 @@ def test_mask_rcnn_learns():
     images, targets = squares(4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
-    for _ in range(20):
+    for _ in range(12):
         parts = model(images, targets)
         loss = sum(parts.values())
         optimizer.zero_grad()

@@ -3,9 +3,9 @@
 import json
 import os
 import random
+import re
 import shutil
 import socket
-import string
 import threading
 import urllib.error
 import urllib.request
@@ -84,17 +84,15 @@ def test_fields_propagate_sets_of_keys(server: Server) -> None:
         ("about", {"shape": "100,100"}, "10000 tokens; this page shows up to 4096"),
         ("about", {"shape": "4000"}, "a side of 4000"),
         ("about", {"shape": "9,x"}, "shape must be integers"),
-        ("about", {"shape": "-9"}, "shape must be integers"),
         ("about", {"shape": "9,9,9,9"}, "shape must be 1 to 3 integers"),
         ("about", {"causal": "2"}, "causal must be 0 or 1"),
-        ("about", {"stride": "4"}, "stride must not exceed"),
         ("neighbors", {"token": "108"}, "token must be below 108"),
         ("neighbors", {}, "token is missing"),
         ("field", {"token": "0", "dilations": " ".join(["1"] * 25)}, "dilations must be 1 to 24 integers"),
         ("plan", {"token": "0", "tile": "0"}, "tile must be at least 1"),
         (
             "plan",
-            {"token": "0", "shape": "64,64", "kernel": "63", "dilation": "1", "causal": "0", "tile": "64"},
+            {"token": "0", "shape": "64,64", "kernel": "63", "dilation": "1", "tile": "64"},
             "pairs over all classes",
         ),
         ("about", {"shape": "1" * 2000}, "may have 1000 characters"),
@@ -117,31 +115,11 @@ def test_only_this_machine_is_served(server: Server) -> None:
 def test_malformed_queries_never_break_it(server: Server) -> None:
     rng = random.Random(3)
     names = [*FIELDS, "token", "tile", "dilations", "", "%", "x"]
-    scraps = [
-        "1",
-        "0",
-        "-1",
-        "99999999999999",
-        "1e3",
-        "٣",
-        "%00",
-        "%ff",
-        "nan",
-        "9,12",
-        ",",
-        " ",
-        "3",
-        "\x7f",
-        "'",
-        "{}",
-    ]
+    scraps = ["1", "0", "-1", "99999999999999", "1e3", "٣", "%00", "%ff", "nan", "9,12", ",", " ", "\x7f", "'", "{}"]
     for _ in range(300):
-        fields = [
-            f"{rng.choice(names)}={quote(rng.choice(scraps)) if rng.random() < 0.7 else rng.choice(scraps).strip()}"
-            for _ in range(rng.randint(0, 8))
-        ]
+        values = [rng.choice([quote, lambda text: re.sub(r"[^!-~]", "", text)])(rng.choice(scraps)) for _ in range(8)]
+        fields = [f"{rng.choice(names)}={value}" for value in values[: rng.randint(0, 8)]]
         query = rng.choice(["&", ";", "&&"]).join(fields)
-        query = "".join(c for c in query if c in string.printable and c not in string.whitespace and c != "\x7f")
         status, _ = get(server, f"api/{rng.choice(['about', 'neighbors', 'field', 'plan', '', '//'])}?{query}")
         assert status in (200, 400, 404)
 

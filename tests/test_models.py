@@ -11,7 +11,6 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
-from timm.utils import ModelEmaV3
 from torch import nn
 
 import dinat_triton as dt
@@ -96,10 +95,7 @@ def test_published_dilations_are_the_largest_that_fit(name, expected):
     [
         ("coco", [[1, 28, 1], [1, 7, 1, 14], [1, 3, 1, 5, 1, 7] * 3, [1, 3, 1, 3, 1]]),
         ("ade20k", [[1, 16, 1], [1, 4, 1, 8], [1, 2, 1, 3, 1, 4] * 3, [1, 2, 1, 2, 1]]),
-        (
-            "ade20k_640",
-            [[1, 20, 1], [1, 5, 1, 10], [1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5], [1, 2, 1, 2, 1]],
-        ),
+        ("ade20k_640", [[1, 20, 1], [1, 5, 1, 10], [1, 2, 1, 3, 1, 4, 1, 5] * 2 + [1, 5], [1, 2, 1, 2, 1]]),
         ("mask2former", [[1, 14, 1], [1, 4, 1, 7], [1, 2, 1, 3] * 4 + [1, 3], [1] * 5]),
     ],
 )
@@ -108,7 +104,7 @@ def test_dilations_of_dense_prediction_are_a_keyword_away(name, expected):
 
 
 @pytest.mark.parametrize("name", ["dinat_mini", "dinat_s_tiny"])
-@pytest.mark.parametrize("size", [(32, 32), (33, 47), (97, 131)])
+@pytest.mark.parametrize("size", [(32, 32), (97, 131)])
 def test_any_size_works(name, size):
     model = small(name).eval()
     with torch.no_grad():
@@ -225,25 +221,13 @@ def test_initialisation_is_the_authors_and_repeatable():
     torch.manual_seed(3)
     again = timm.create_model("dinat_mini")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    later = timm.create_model("dinat_mini", device="meta").to_empty(device="cpu")
+    torch.manual_seed(3)
+    later.init_weights()
+    assert later.levels[0].blocks[0].attn.rpb.std().item() == pytest.approx(0.02, rel=0.1)
+    assert all(p.isfinite().all() for p in later.parameters())
     scaled = timm.create_model("nat_small", device="meta")
     assert scaled.levels[0].blocks[0].ls1.init_values == 1e-5
-
-
-def test_weights_can_be_initialised_later():
-    model = small(device="meta").to_empty(device="cpu")
-    torch.manual_seed(0)
-    model.init_weights()
-    assert all(p.isfinite().all() for p in model.parameters())
-    assert model.levels[0].blocks[0].attn.rpb.std().item() == pytest.approx(0.02, rel=0.3)
-
-
-@pytest.mark.parametrize("name", ["dinat_mini", "dinat_s_tiny"])
-def test_every_parameter_gets_a_gradient(name):
-    model = small(name, layer_scale=0.1)
-    model(torch.randn(2, 3, 64, 64)).square().sum().backward()
-    for parameter_name, parameter in model.named_parameters():
-        assert parameter.grad is not None, parameter_name
-        assert parameter.grad.abs().sum() > 0, parameter_name
 
 
 def test_gradient_checkpointing_changes_nothing():
@@ -271,27 +255,27 @@ def test_low_precision():
         assert (found - expected).abs().max() < 0.05 * expected.abs().max()
 
 
-def test_autocast_trains():
-    model = small()
+@pytest.mark.parametrize("name", ["dinat_mini", "dinat_s_tiny"])
+def test_every_parameter_gets_a_gradient_under_autocast(name):
+    model = small(name, layer_scale=0.1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(torch.randn(2, 3, 64, 64)).float().square().mean()
     loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() and p.dtype == torch.float32 for p in model.parameters())
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
+        assert parameter.grad.abs().sum() > 0, parameter_name
 
 
 def test_drop_path_rises_linearly():
     model = small(drop_path_rate=0.5)
-    rates = [
-        block.drop_path1.drop_prob
-        for level in model.levels
-        for block in level.blocks
-        if hasattr(block.drop_path1, "drop_prob")
-    ]
-    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    blocks = [block for level in model.levels for block in level.blocks]
+    assert isinstance(blocks[0].drop_path1, nn.Identity)
+    for drop_path in ("drop_path1", "drop_path2"):
+        rates = [getattr(block, drop_path).drop_prob for block in blocks[1:]]
+        assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
     x = torch.randn(4, 3, 64, 64)
-    torch.manual_seed(1)
-    first = model(x)
-    assert not torch.equal(first, model(x))
+    assert not torch.equal(model(x), model(x))
     assert torch.equal(model.eval()(x), model(x))
 
 
@@ -310,51 +294,6 @@ def test_parameter_groups():
     names = {id(p): n for n, p in model.named_parameters()}
     decayed = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     assert not any(name.endswith(("rpb", "bias")) or "norm" in name for name in decayed)
-
-
-def test_training_with_ema_lowers_the_loss():
-    torch.manual_seed(0)
-    model = timm.create_model(
-        "dinat_mini", embed_dim=32, depths=(1, 1), kernel_size=3, num_classes=2, drop_path_rate=0.1
-    )
-    ema = ModelEmaV3(model, decay=0.9)
-    optimizer = create_optimizer_v2(model, "adamw", lr=2e-3, weight_decay=0.05)
-    y = torch.arange(16) % 2
-    x = 0.5 * torch.randn(16, 3, 32, 32) + (2.0 * y - 1)[:, None, None, None] * torch.linspace(-1, 1, 32)
-    losses = []
-    for _ in range(15):
-        loss = nn.functional.cross_entropy(model(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        ema.update(model)
-        losses.append(loss.item())
-    assert losses[-1] < 0.3 * losses[0]
-    assert not torch.equal(ema.module.head.fc.weight, model.head.fc.weight)
-    assert ema.module(x).shape == (16, 2)
-
-
-def test_pruning_keeps_the_features():
-    model = small().eval()
-    x = torch.randn(1, 3, 64, 64)
-    taps = model.forward_intermediates(x, intermediates_only=True)
-    pruned = deepcopy(model)
-    pruned.prune_intermediate_layers([1])
-    assert len(pruned.levels) == 2
-    torch.testing.assert_close(pruned.forward_intermediates(x, indices=[1], intermediates_only=True)[0], taps[1])
-    with pytest.raises(AssertionError):
-        model.forward_intermediates(x, output_fmt="NLC")
-
-
-def test_reset_classifier():
-    model = small().eval()
-    x = torch.randn(1, 3, 64, 64)
-    model.reset_classifier(7)
-    assert model(x).shape == (1, 7)
-    model.reset_classifier(0)
-    torch.testing.assert_close(model(x), model.forward_features(x).mean((1, 2)))
-    model.reset_classifier(0, "")
-    assert model(x).shape == (1, 2, 2, 256)
 
 
 def test_backends_agree():

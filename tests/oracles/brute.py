@@ -38,12 +38,6 @@ def _span(query: int, length: int, kernel: int, stride: int, causal: bool) -> tu
     return start, start + kernel
 
 
-def queries_of_key(size: int, kernel: int, dilation: int, stride: int, causal: bool) -> list[list[int]]:
-    """Per key of one axis: the positions of all queries that see it, found by asking every query."""
-    seen = [keys for keys, _ in windows(size, kernel, dilation, stride, causal)]
-    return [[query for query, keys in enumerate(seen) if key in keys] for key in range(size)]
-
-
 def neighborhoods(
     shape: Sequence[int],
     kernel_size: Sequence[int],

@@ -22,10 +22,6 @@ class Sample:
         return len(self.shape)
 
     @property
-    def tokens(self) -> int:
-        return math.prod(self.shape)
-
-    @property
     def ragged(self) -> bool:
         """Whether residue classes of some axis differ in length."""
         return any(x % d for x, d in zip(self.shape, self.dilation, strict=True))
@@ -41,28 +37,17 @@ class Sample:
 
 
 def sample(
-    rng: random.Random,
-    rank: int,
-    *,
-    max_tokens: int = 256,
-    min_kernel: int = 1,
-    even_kernels: bool = True,
-    dilated: bool = True,
-    strided: bool = True,
-    causal: bool = True,
+    rng: random.Random, rank: int, *, max_tokens: int = 256, min_kernel: int = 1, strided: bool = True
 ) -> Sample:
     """One geometry of at most `max_tokens` tokens."""
-    min_kernel = min_kernel if even_kernels else min_kernel | 1
-    if min_kernel**rank > max_tokens:
-        raise ValueError(f"{max_tokens=} leaves no room for {rank} axes of at least {min_kernel} tokens")
     shape = _shape(rng, rank, max_tokens, min_kernel)
-    axes = [_axis(rng, x, min_kernel, even_kernels, dilated) for x in shape]
+    axes = [_axis(rng, size, min_kernel) for size in shape]
     return Sample(
         shape=shape,
         kernel_size=tuple(k for k, _ in axes),
         dilation=tuple(d for _, d in axes),
         stride=tuple(_one_or_more(rng, k) if strided else 1 for k, _ in axes),
-        is_causal=tuple(causal and rng.random() < 0.4 for _ in shape),
+        is_causal=tuple(rng.random() < 0.4 for _ in shape),
     )
 
 
@@ -91,12 +76,12 @@ def _shape(rng: random.Random, rank: int, max_tokens: int, smallest: int) -> tup
     return tuple(sizes)
 
 
-def _axis(rng: random.Random, size: int, smallest: int, even: bool, dilated: bool) -> tuple[int, int]:
+def _axis(rng: random.Random, size: int, smallest: int) -> tuple[int, int]:
     """Kernel and dilation; whichever is drawn first gets the room, and the largest that fits is drawn often."""
-    dilation = _one_or_more(rng, size // smallest) if dilated and rng.random() < 0.6 else 1
-    choices = range(smallest, size // dilation + 1, 1 if even else 2)
+    dilation = _one_or_more(rng, size // smallest) if rng.random() < 0.6 else 1
+    choices = range(smallest, size // dilation + 1)
     kernel = choices[-1] if rng.random() < 0.15 else rng.choice(choices)
-    return kernel, dilation if dilation > 1 or not dilated else _one_or_more(rng, size // kernel)
+    return kernel, dilation if dilation > 1 else _one_or_more(rng, size // kernel)
 
 
 def _one_or_more(rng: random.Random, largest: int) -> int:
