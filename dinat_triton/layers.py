@@ -7,24 +7,21 @@ from itertools import cycle, islice
 from math import ceil
 
 from dinat_triton.geometry import Geometry
+from dinat_triton.models.dilations import DILATIONS
+from dinat_triton.models.variants import VARIANTS
 
 HEAD_DIM = 32
 KERNEL_SIZE = 7
 
 # Depths of the four levels, and heads of the first; they double from level to level.
-SIZES = {
-    "dinat_mini": ((3, 4, 6, 5), 2),
-    "dinat_tiny": ((3, 4, 18, 5), 2),
-    "dinat_small": ((3, 4, 18, 5), 3),
-    "dinat_base": ((3, 4, 18, 5), 4),
-    "dinat_large": ((3, 4, 18, 5), 6),
+SIZES: dict[str, tuple[tuple[int, ...], int]] = {
+    name: (VARIANTS[name].args["depths"], VARIANTS[name].args["embed_dim"] // HEAD_DIM)
+    for name in ("dinat_mini", "dinat_tiny", "dinat_small", "dinat_base", "dinat_large")
 }
 
 # Image size, and the pattern of dilations on each level.
-SETTINGS: dict[str, tuple[tuple[int, int], list[list[int]]]] = {
-    "224": ((224, 224), [[1, 8], [1, 4], [1, 2], [1]]),
-    "384": ((384, 384), [[1, 13], [1, 6], [1, 3], [1]]),
-    "coco": ((800, 1216), [[1, 28], [1, 7, 1, 14], [1, 3, 1, 5, 1, 7], [1, 3]]),
+SETTINGS = {
+    name: (image, DILATIONS[name]) for name, image in (("224", (224, 224)), ("384", (384, 384)), ("coco", (800, 1216)))
 }
 
 

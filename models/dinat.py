@@ -10,8 +10,7 @@ downsampling layers, and the isotropic models (`isotropic.py`) have one block pe
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import cycle, islice
-from math import ceil, log2
+from math import log2
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from timm.layers import (
     Mlp,
     calculate_drop_path_rates,
     get_device_dtype,
-    to_2tuple,
     trunc_normal_,
 )
 from timm.models import (
@@ -39,86 +37,13 @@ from timm.models._features import feature_take_indices
 from torch import nn
 
 from dinat_triton.models.checkpoints import checkpoint_filter_fn
+from dinat_triton.models.dilations import Dilation, Dilations, resolve_dilations
+from dinat_triton.models.variants import VARIANTS
 from dinat_triton.modules import NeighborhoodAttention2D
 
 __all__ = ["DiNAT"]
 
 register_notrace_module(NeighborhoodAttention2D)
-
-# Dilations by what they were published for: a pattern per level, repeated over the level's blocks.
-DILATIONS: dict[str, list[list[int]]] = {
-    "224": [[1, 8], [1, 4], [1, 2], [1]],
-    "384": [[1, 13], [1, 6], [1, 3], [1]],
-    "coco": [[1, 28], [1, 7, 1, 14], [1, 3, 1, 5, 1, 7], [1, 3]],
-    "ade20k": [[1, 16], [1, 4, 1, 8], [1, 2, 1, 3, 1, 4], [1, 2]],
-    "ade20k_640": [[1, 20], [1, 5, 1, 10], [1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5], [1, 2]],
-    "mask2former": [[1, 14], [1, 4, 1, 7], [1, 2, 1, 3] * 4 + [1, 3], [1]],
-}
-
-Dilation = int | Sequence[int]
-Dilations = int | str | Sequence[int | Sequence[Dilation]]
-
-
-def resolve_dilations(
-    dilations: Dilations,
-    depths: Sequence[int],
-    img_size: int | tuple[int, int] | None,
-    reductions: Sequence[int],
-    kernel_size: int,
-) -> list[list[Dilation]]:
-    """The dilation of every block of every level.
-
-    Args:
-        dilations: As `DiNAT` takes them.
-        depths: Blocks of each level.
-        img_size: What "auto" fits.
-        reductions: Of each level's map against the image.
-        kernel_size: Of all blocks.
-    """
-    levels: Sequence[int | Sequence[Dilation]]
-    if isinstance(dilations, int):
-        levels = [dilations] * len(depths)
-    elif isinstance(dilations, str):
-        levels = _named_dilations(dilations, depths, img_size, reductions, kernel_size)
-    else:
-        levels = dilations
-    counts = [depth if isinstance(level, int) else len(level) for level, depth in zip(levels, depths, strict=False)]
-    if len(levels) != len(depths) or counts != list(depths):
-        raise ValueError(
-            f"dilations must hold an integer or a list of one dilation per block for each level of depths "
-            f"{tuple(depths)}, got {dilations!r}"
-        )
-    return [
-        [level] * depth if isinstance(level, int) else list(level) for level, depth in zip(levels, depths, strict=True)
-    ]
-
-
-def _named_dilations(
-    name: str,
-    depths: Sequence[int],
-    img_size: int | tuple[int, int] | None,
-    reductions: Sequence[int],
-    kernel_size: int,
-) -> list[list[Dilation]]:
-    patterns: Sequence[Sequence[Dilation]]
-    if name == "auto":
-        if img_size is None:
-            raise ValueError("dilations='auto' fits an image: pass img_size too")
-        patterns = [[1, largest_dilation(img_size, reduction, kernel_size)] for reduction in reductions]
-    elif name in DILATIONS:
-        patterns = DILATIONS[name]
-    else:
-        names = ", ".join(map(repr, ["auto", *DILATIONS]))
-        raise ValueError(f"dilations must be one of {names}, or integers, got {name!r}")
-    if len(patterns) < len(depths):
-        raise ValueError(f"dilations={name!r} has {len(patterns)} levels, depths {tuple(depths)} need more")
-    return [list(islice(cycle(pattern), depth)) for pattern, depth in zip(patterns, depths, strict=False)]
-
-
-def largest_dilation(img_size: int | tuple[int, int], reduction: int, kernel_size: int) -> Dilation:
-    """The largest dilation whose window fits a level's map, on each axis."""
-    height, width = (max(1, ceil(size / reduction) // kernel_size) for size in to_2tuple(img_size))
-    return height if height == width else (height, width)
 
 
 @register_notrace_function
@@ -550,11 +475,18 @@ def _init_weights(module: nn.Module, name: str = "", needs_reset: bool = True) -
 
 
 def create_dinat(variant: str, pretrained: bool = False, **kwargs: Any) -> Any:
-    """Builds a registered variant of any module of the family.
+    """Builds a registered variant with its published arguments, but for those given."""
+    return build_dinat(variant, pretrained, **(VARIANTS[variant].args | kwargs))
+
+
+def build_dinat(variant: str, pretrained: bool = False, **kwargs: Any) -> Any:
+    """Builds a variant of any module of the family from all of its arguments.
 
     Feature extraction takes two more options: `output_fmt`, "NHWC" or "NCHW", and `feature_norms=True`, which gives
     every level's features their norm, as the published detection and segmentation backbones have it.
     """
+    if rate := kwargs.pop("drop_block_rate", None):  # timm's training script passes it to every model
+        raise ValueError(f"drop_block_rate is for convolutional networks, use drop_path_rate; got {rate}")
     feature_cfg: dict[str, Any] = dict(flatten_sequential=True, out_indices=kwargs.pop("out_indices", None))
     if feature_cfg["out_indices"] is None:
         feature_cfg["out_indices"] = tuple(range(len(kwargs["depths"])))
@@ -622,69 +554,54 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def nat_mini(pretrained: bool = False, **kwargs: Any) -> DiNAT:
-    model_args = dict(depths=(3, 4, 6, 5), embed_dim=64, mlp_ratio=3, drop_path_rate=0.2)
-    return create_dinat("nat_mini", pretrained, **dict(model_args, **kwargs))
+    return create_dinat("nat_mini", pretrained, **kwargs)
 
 
 @register_model
 def nat_tiny(pretrained: bool = False, **kwargs: Any) -> DiNAT:
-    model_args = dict(depths=(3, 4, 18, 5), embed_dim=64, mlp_ratio=3, drop_path_rate=0.2)
-    return create_dinat("nat_tiny", pretrained, **dict(model_args, **kwargs))
+    return create_dinat("nat_tiny", pretrained, **kwargs)
 
 
 @register_model
 def nat_small(pretrained: bool = False, **kwargs: Any) -> DiNAT:
-    model_args = dict(depths=(3, 4, 18, 5), embed_dim=96, mlp_ratio=2, layer_scale=1e-5, drop_path_rate=0.3)
-    return create_dinat("nat_small", pretrained, **dict(model_args, **kwargs))
+    return create_dinat("nat_small", pretrained, **kwargs)
 
 
 @register_model
 def nat_base(pretrained: bool = False, **kwargs: Any) -> DiNAT:
-    model_args = dict(depths=(3, 4, 18, 5), embed_dim=128, mlp_ratio=2, layer_scale=1e-5, drop_path_rate=0.5)
-    return create_dinat("nat_base", pretrained, **dict(model_args, **kwargs))
+    return create_dinat("nat_base", pretrained, **kwargs)
 
 
 @register_model
 def dinat_mini(pretrained: bool = False, **kwargs: Any) -> DiNAT:
-    model_args = dict(depths=(3, 4, 6, 5), embed_dim=64, mlp_ratio=3, dilations="224", drop_path_rate=0.2)
-    return create_dinat("dinat_mini", pretrained, **dict(model_args, **kwargs))
+    return create_dinat("dinat_mini", pretrained, **kwargs)
 
 
 @register_model
 def dinat_tiny(pretrained: bool = False, **kwargs: Any) -> DiNAT:
-    model_args = dict(depths=(3, 4, 18, 5), embed_dim=64, mlp_ratio=3, dilations="224", drop_path_rate=0.2)
-    return create_dinat("dinat_tiny", pretrained, **dict(model_args, **kwargs))
+    return create_dinat("dinat_tiny", pretrained, **kwargs)
 
 
 @register_model
 def dinat_small(pretrained: bool = False, **kwargs: Any) -> DiNAT:
-    model_args = dict(depths=(3, 4, 18, 5), embed_dim=96, mlp_ratio=2, dilations="224", drop_path_rate=0.3)
-    return create_dinat("dinat_small", pretrained, **dict(model_args, **kwargs))
+    return create_dinat("dinat_small", pretrained, **kwargs)
 
 
 @register_model
 def dinat_base(pretrained: bool = False, **kwargs: Any) -> DiNAT:
-    model_args = dict(
-        depths=(3, 4, 18, 5), embed_dim=128, mlp_ratio=2, dilations="224", layer_scale=1e-5, drop_path_rate=0.5
-    )
-    return create_dinat("dinat_base", pretrained, **dict(model_args, **kwargs))
+    return create_dinat("dinat_base", pretrained, **kwargs)
 
 
 @register_model
 def dinat_large(pretrained: bool = False, **kwargs: Any) -> DiNAT:
-    model_args = dict(depths=(3, 4, 18, 5), embed_dim=192, mlp_ratio=2, dilations="224", drop_path_rate=0.35)
-    return create_dinat("dinat_large", pretrained, **dict(model_args, **kwargs))
+    return create_dinat("dinat_large", pretrained, **kwargs)
 
 
 @register_model
 def dinat_large_384(pretrained: bool = False, **kwargs: Any) -> DiNAT:
-    model_args = dict(depths=(3, 4, 18, 5), embed_dim=192, mlp_ratio=2, dilations="384", drop_path_rate=0.35)
-    return create_dinat("dinat_large_384", pretrained, **dict(model_args, **kwargs))
+    return create_dinat("dinat_large_384", pretrained, **kwargs)
 
 
 @register_model
 def dinat_large_384_11x11(pretrained: bool = False, **kwargs: Any) -> DiNAT:
-    model_args = dict(
-        depths=(3, 4, 18, 5), embed_dim=192, mlp_ratio=2, kernel_size=11, dilations="224", drop_path_rate=0.35
-    )
-    return create_dinat("dinat_large_384_11x11", pretrained, **dict(model_args, **kwargs))
+    return create_dinat("dinat_large_384_11x11", pretrained, **kwargs)

@@ -32,34 +32,29 @@ default_cfgs = generate_default_cfgs(
 
 def _create_dinat_s(variant: str, pretrained: bool, **kwargs: Any) -> DiNAT:
     layers = dict(mlp_ratio=4, embed_layer=PatchTokenizer, downsample_layer=PatchMerging)
-    return create_dinat(variant, pretrained, **dict(layers, **kwargs))
+    return create_dinat(variant, pretrained, **(layers | kwargs))
 
 
 @register_model
 def dinat_s_tiny(pretrained: bool = False, **kwargs: Any) -> DiNAT:
-    model_args = dict(depths=(2, 2, 6, 2), embed_dim=96, dilations="224", drop_path_rate=0.2)
-    return _create_dinat_s("dinat_s_tiny", pretrained, **dict(model_args, **kwargs))
+    return _create_dinat_s("dinat_s_tiny", pretrained, **kwargs)
 
 
 @register_model
 def dinat_s_small(pretrained: bool = False, **kwargs: Any) -> DiNAT:
-    model_args = dict(depths=(2, 2, 18, 2), embed_dim=96, dilations="224", drop_path_rate=0.3)
-    return _create_dinat_s("dinat_s_small", pretrained, **dict(model_args, **kwargs))
+    return _create_dinat_s("dinat_s_small", pretrained, **kwargs)
 
 
 @register_model
 def dinat_s_base(pretrained: bool = False, **kwargs: Any) -> DiNAT:
-    model_args = dict(depths=(2, 2, 18, 2), embed_dim=128, dilations="224", drop_path_rate=0.5)
-    return _create_dinat_s("dinat_s_base", pretrained, **dict(model_args, **kwargs))
+    return _create_dinat_s("dinat_s_base", pretrained, **kwargs)
 
 
 @register_model
 def dinat_s_large(pretrained: bool = False, **kwargs: Any) -> DiNAT:
-    model_args = dict(depths=(2, 2, 18, 2), embed_dim=192, dilations="224", drop_path_rate=0.35)
-    return _create_dinat_s("dinat_s_large", pretrained, **dict(model_args, **kwargs))
+    return _create_dinat_s("dinat_s_large", pretrained, **kwargs)
 
 
 @register_model
 def dinat_s_large_384(pretrained: bool = False, **kwargs: Any) -> DiNAT:
-    model_args = dict(depths=(2, 2, 18, 2), embed_dim=192, dilations="384", drop_path_rate=0.35)
-    return _create_dinat_s("dinat_s_large_384", pretrained, **dict(model_args, **kwargs))
+    return _create_dinat_s("dinat_s_large_384", pretrained, **kwargs)

@@ -123,7 +123,7 @@ def test_any_size_works(name, size):
         (dict(kernel_size=5, dilations="auto", img_size=(64, 96)), (3, 64, 96)),
         (dict(dilations=[[1, 2], 1, [(1, 3), 1], 2], depths=(2, 1, 2, 1)), (3, 64, 64)),
         (dict(depths=(1, 1), num_heads=(2, 4), qkv_bias=False, layer_scale=1e-3), (3, 32, 32)),
-        (dict(global_pool="max", num_classes=3), (3, 32, 32)),
+        (dict(global_pool="max", num_classes=3, drop_block_rate=0.0), (3, 32, 32)),
     ],
 )
 def test_options(options, image):
@@ -151,6 +151,7 @@ def test_isotropic_options():
         (dict(num_heads=(3, 3, 3, 3)), ValueError, "num_heads must divide embed_dim"),
         (dict(window_size=7), TypeError, "window_size"),
         (dict(weight_init="zeros"), ValueError, "weight_init"),
+        (dict(drop_block_rate=0.1), ValueError, "drop_block_rate .* use drop_path_rate; got 0.1"),
     ],
 )
 def test_refused_options(options, error, says):
