@@ -8,7 +8,8 @@ from PIL import Image
 
 from dinat_triton.cli import main
 from dinat_triton.commands import classify, digits
-from dinat_triton.models.checkpoints import from_native, save_state_dict
+from dinat_triton.models.checkpoints import save_state_dict
+from dinat_triton.models.layouts import from_native
 
 
 @pytest.fixture

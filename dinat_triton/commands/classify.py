@@ -77,12 +77,12 @@ def build(name: str, weights: str, or_random: bool = False) -> tuple[Any, str]:
     if weights in (HUB, RANDOM):
         torch.manual_seed(0)
         return timm.create_model(name), "random weights"
-    tensors = checkpoints.to_native(checkpoints.read_state_dict(weights)).tensors
-    classes = checkpoints.model_args(tensors)["num_classes"]
+    checkpoint = checkpoints.read_checkpoint(weights)
+    classes = checkpoints.model_args(checkpoint.tensors)["num_classes"]
     if not classes:
         raise ValueError(f"{weights} has no classifier: it is a backbone")
     model = timm.create_model(name, num_classes=classes)
-    checkpoints.load_checkpoint(model, weights)
+    checkpoints.load_checkpoint(model, checkpoint)
     return model, f"weights of {weights}"
 
 

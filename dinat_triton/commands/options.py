@@ -1,0 +1,16 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_out(parser: argparse.ArgumentParser, what: str, default: Path | None = None) -> None:
+    """Adds the output options: where to write, and whether to replace what is there."""
+    parser.add_argument("-o", "--out", metavar="PATH", type=Path, default=default, help=what)
+    add_force(parser)
+
+
+def add_force(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="replace files that are there already")
