@@ -21,8 +21,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import log2
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
+from filelock import FileLock
+
+from dinat_triton.files import replacing
 from dinat_triton.geometry import Geometry
 
 ENVIRONMENT = "DINAT_TRITON_CACHE"
@@ -31,19 +34,10 @@ PACKAGE = Path(__file__).parent
 REACH = 4
 BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
+# A table is a few kilobytes, and its numbers are sizes.
+MAX_BYTES, MAX_DIGITS = 1 << 24, 9
+
 T = TypeVar("T")
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _lock(file: IO[str]) -> None:
-        file.seek(0)
-        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
-else:
-    import fcntl
-
-    def _lock(file: IO[str]) -> None:
-        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def cache_dir() -> Path:
@@ -72,14 +66,14 @@ class Table:
         device: The name of the device that they are for.
         compiler: What runs them, with its version.
         sources: Files of the package that decide how fast an entry is.
-        parse: Makes an entry of what the file holds; raises ValueError or TypeError where that is none.
+        parse: Makes an entry of a key and what the file holds for it, or raises ValueError or TypeError.
     """
 
     kind: str
     device: str
     compiler: str
     sources: tuple[str, ...]
-    parse: Callable[[Any], Any]
+    parse: Callable[[str, Any], Any]
 
     @property
     def path(self) -> Path:
@@ -99,7 +93,7 @@ class Table:
         except (OSError, RuntimeError):  # no home, or one that nobody may look into
             return {}
         try:
-            return {key: self.parse(entry) for key, entry in self._entries(path).items()}
+            return {key: self.parse(key, entry) for key, entry in self._entries(path).items()}
         except BROKEN as error:
             advice = "run `dinat-triton tune` again, or delete the file"
             warnings.warn(f"ignoring the tuned table {path}: {_describe(error)}; {advice}", stacklevel=2)
@@ -121,12 +115,8 @@ class Table:
             except BROKEN:
                 kept = {}
             merged = {key: entry for key, entry in (kept | dict(entries)).items() if entry is not None}
-            temporary = path.with_suffix(".new")
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(dump({"stamp": self.stamp, **about}, self.kind, merged))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            with replacing(path) as beside:
+                beside.write_text(dump({"stamp": self.stamp, **about}, self.kind, merged), encoding="utf-8")
         return path
 
     def check_writable(self) -> None:
@@ -140,8 +130,7 @@ class Table:
         path = self.path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path.with_suffix(".lock"), "a", encoding="utf-8") as file:
-                _lock(file)
+            with FileLock(path.with_suffix(".lock")):
                 yield path
         except OSError as error:
             raise RuntimeError(
@@ -150,13 +139,19 @@ class Table:
 
     def _entries(self, path: Path) -> dict[str, Any]:
         """What the file holds, or one of BROKEN."""
+        if not path.is_file():
+            raise ValueError("it is no file")
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise ValueError(f"it has {size} bytes")
         data = json.loads(path.read_text(encoding="utf-8"))
         stamp, entries = data["stamp"], data[self.kind]
         for part, expected in self.stamp.items():
             if stamp[part] != expected:
                 raise ValueError(f"it was made for {part} {stamp[part]!r}, not {expected!r}")
-        for entry in entries.values():
-            self.parse(entry)
+        for key, entry in entries.items():
+            if any(len(number) > MAX_DIGITS for number in re.findall(r"\d+", key)):
+                raise ValueError(f"its key {key[:60]!r} has a number of more than {MAX_DIGITS} digits")
+            self.parse(key, entry)
         return entries
 
 
@@ -187,6 +182,14 @@ def geometry_key(geometry: Geometry) -> str:
     if any(geometry.is_causal):
         parts.append(f"c{joined(geometry.is_causal)}")
     return "-".join(parts)
+
+
+def shape_in(key: str) -> tuple[int, ...]:
+    """The map's shape in a key that has a geometry as a part."""
+    found = re.search(r"(?:^|/)(\d+(?:x\d+)*)-k", key)
+    if found is None:
+        raise ValueError(f"{key!r} names no geometry")
+    return tuple(map(int, found[1].split("x")))
 
 
 def nearest(entries: Mapping[str, T], prefix: str, maps: int) -> T | None:

@@ -379,10 +379,13 @@ def user_tiles() -> store.Table:
     return store.Table("tiles", store.cpu_name(), f"torch {torch.__version__}", SOURCES, tile_of)
 
 
-def tile_of(entry: Any) -> tuple[int, ...]:
-    """A tile out of a table's entry."""
-    if not isinstance(entry, list) or not entry or not all(type(n) is int and n >= 1 for n in entry):
-        raise ValueError(f"a tile is a list of positive integers, not {entry!r}")
+def tile_of(key: str, entry: Any) -> tuple[int, ...]:
+    """A tile out of a table's entry, for the map in its key."""
+    shape = store.shape_in(key)
+    if not isinstance(entry, list) or len(entry) != len(shape) or not all(type(n) is int for n in entry):
+        raise ValueError(f"a tile for {key} is a list of {len(shape)} integers, not {entry!r}")
+    if not all(1 <= n <= side for n, side in zip(entry, shape, strict=True)):
+        raise ValueError(f"a tile for {key} is at least 1 and fits the map, which {entry!r} does not")
     return tuple(entry)
 
 

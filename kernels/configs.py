@@ -149,8 +149,8 @@ def choose_config(
     return rule(name, dim, bits)
 
 
-def config_of(entry: Any) -> Config:
-    """A config out of a table's entry."""
+def config_of(key: str, entry: Any) -> Config:
+    """A config out of a table's entry; any key will do."""
     return Config(**entry)
 
 
@@ -173,7 +173,7 @@ def load_table(architecture: str) -> dict[str, Config]:
         return {}
     try:
         configs = json.loads(path.read_text())["configs"]
-        return {key: config_of(entry) for key, entry in configs.items()}
+        return {key: config_of(key, entry) for key, entry in configs.items()}
     except store.BROKEN as error:
         warnings.warn(f"ignoring the tuned table {path}: {error!r}; the general rule is used instead", stacklevel=2)
         return {}

@@ -183,7 +183,7 @@ def test_shipped_tables_hold_only_what_differs_from_the_rule(path: Path) -> None
         assert int(dim) in (16, 32, 64, 128, 256)
         assert int(bits) in (16, 32)
         assert own or Config(**entry) != rule(name, int(dim), int(bits)), key
-        assert Config(**entry) == configs.config_of(entry)
+        assert Config(**entry) == configs.config_of(key, entry)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The files that tuning leaves behind: safe to read whatever is in them, safe to write by two at once."""
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -17,7 +18,7 @@ from dinat_triton.geometry import Geometry
 GEOMETRY = Geometry((24, 24), (7,))
 
 
-def number(entry: Any) -> int:
+def number(key: str, entry: Any) -> int:
     if type(entry) is not int:
         raise TypeError(f"{entry!r} is no number")
     return entry
@@ -69,7 +70,8 @@ def test_nothing_but_the_table_and_its_lock_is_left(table: store.Table) -> None:
 WRITER = """
 import sys
 from dinat_triton import store
-table = store.Table("numbers", "Some GPU (R)", "triton 3.6.0", ("plan.py", "kernels/forward.py"), int)
+sources = ("plan.py", "kernels/forward.py")
+table = store.Table("numbers", "Some GPU (R)", "triton 3.6.0", sources, lambda key, entry: int(entry))
 print("ready", flush=True)
 sys.stdin.readline()
 for n in range(40):
@@ -134,7 +136,9 @@ def test_a_file_cut_short_anywhere_is_ignored(table: store.Table) -> None:
             assert table.read() == {}
 
 
-@pytest.mark.parametrize("entries", [[], 3, {"a": "1"}, {"a": None}, {"a": 1, "b": {}}, {"a": True}])
+@pytest.mark.parametrize(
+    "entries", [[], 3, {"a": "1"}, {"a": None}, {"a": 1, "b": {}}, {"a": True}, {f"a/{'9' * 400}": 1}]
+)
 def test_entries_of_the_wrong_type_are_ignored_and_replaced(entries: Any, table: store.Table) -> None:
     path = table.update({"z": 26})
     path.write_text(json.dumps(json.loads(path.read_text()) | {"numbers": entries}))
@@ -142,6 +146,16 @@ def test_entries_of_the_wrong_type_are_ignored_and_replaced(entries: Any, table:
         assert table.read() == {}
     table.update({"c": 3})
     assert quiet(table) == {"c": 3}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no such files here")
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_no_file_is_ignored(make: Any, table: store.Table) -> None:
+    path = table.update({"a": 1})
+    path.unlink()
+    make(path)
+    with pytest.warns(UserWarning, match="ignoring.*it is no file"):
+        assert table.read() == {}
 
 
 @pytest.mark.parametrize(
@@ -187,7 +201,7 @@ def test_a_folder_that_cannot_be_written(table: store.Table, tmp_path: Path, mon
 
 def test_a_write_that_fails_leaves_the_table_as_it_was(table: store.Table, monkeypatch: pytest.MonkeyPatch) -> None:
     table.update({"a": 1})
-    monkeypatch.setattr(store.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(RuntimeError, match="disk full"):
         table.update({"b": 2})
     assert quiet(table) == {"a": 1}
@@ -268,10 +282,12 @@ def test_threads_have_tiles_of_their_own(tiles: store.Table, monkeypatch: pytest
     assert tiled.choose_tile(GEOMETRY, 2, 4) == tiled.modelled_tiles(GEOMETRY, 2, 4)[0]
 
 
-@pytest.mark.parametrize("entry", [3, [], [0, 1], [1.5], "4x4", [True], None])
-def test_what_is_no_tile_is_refused(entry: Any, tiles: store.Table) -> None:
-    with pytest.raises(ValueError, match="list of positive integers"):
-        tiled.tile_of(entry)
+@pytest.mark.parametrize(
+    "entry", [3, [], [0, 1], [1.5, 1], "4x4", [True, True], None, [4], [4, 4, 4], [4, 25], [4, 10**400]]
+)
+def test_what_is_no_tile_is_refused(entry: Any) -> None:
+    with pytest.raises(ValueError, match="a tile for float32/1/24x24-k7x7-d1x1/8"):
+        tiled.tile_of("float32/1/24x24-k7x7-d1x1/8", entry)
 
 
 def test_a_table_is_read_once(tiles: store.Table, monkeypatch: pytest.MonkeyPatch) -> None:
