@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from importlib import import_module
+from pathlib import Path
 
 from dinat_triton.version import __version__
 
@@ -23,7 +25,18 @@ COMMANDS = {
 }
 
 
+# Those that run for hours and need neither torch nor timm, which take most of a gigabyte.
+LIGHT = {"explore"}
+
+
 def main(argv: list[str] | None = None) -> int:
+    """Runs a command: the process's own without `argv`.
+
+    Returns:
+        Its exit code.
+    """
+    if argv is None and LIGHT.intersection(sys.argv[1:2]) and "torch" in sys.modules and os.name == "posix":
+        os.execv(sys.executable, [sys.executable, "-P", str(Path(__file__).with_name("light.py")), *sys.argv[1:]])
     parser = argparse.ArgumentParser(
         prog="dinat-triton", description="Dilated neighborhood attention without a CUDA build."
     )
@@ -39,9 +52,15 @@ def main(argv: list[str] | None = None) -> int:
             subparser.set_defaults(run=command.run)
     args = parser.parse_args(argv)
     try:
-        return args.run(args)
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
-        print(f"dinat-triton {args.command}: {error}", file=sys.stderr)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `| head` has seen enough: nothing more is written, not at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError, MemoryError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"dinat-triton {args.command}: {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+FIGURES = (".png", ".svg", ".pdf")
+
 
 def check_target(
     path: Path, *, endings: Sequence[str] = (), force: bool = False, source: Path | None = None, folder: bool = False

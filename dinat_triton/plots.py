@@ -26,9 +26,11 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
+from dinat_triton.files import replacing
 from dinat_triton.geometry import Geometry, IntArray
 from dinat_triton.plan import MASKED, Plan
 from dinat_triton.receptive_field import Field, Layer, field, growth
+from dinat_triton.words import counted
 
 PAPER, INK, CELL = "#ffffff", "#222222", "#e9e9e9"
 KEY, QUERY = "#0072b2", "#e69f00"
@@ -74,12 +76,13 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 def save(figure: Figure, path: str | Path) -> None:
     """Writes a figure; the file's ending chooses between png, svg and pdf."""
-    kind = Path(path).suffix.lower()
+    path = Path(path)
+    kind = path.suffix.lower()
     stamps: dict[str, dict[str, Any]] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}
     if kind not in stamps:
         raise ValueError(f"a figure's file must end in .png, .svg or .pdf, got {str(path)!r}")
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(path, metadata=stamps[kind])
+    with matplotlib.rc_context(STYLE), replacing(path) as beside:
+        figure.savefig(beside, metadata=stamps[kind])
 
 
 # Neighborhoods
@@ -113,7 +116,7 @@ def plot_neighborhood(
     _mark(ax, geometry.shape, position, PAPER if inverse else INK)
     if title is None:
         count = len(geometry.queries_of(position) if inverse else geometry.keys_of(position))
-        title = f"seen by {count} queries" if inverse else f"sees {count} keys"
+        title = f"seen by {counted(count, 'query')}" if inverse else f"sees {counted(count, 'key')}"
     _title(ax, title)
     return _figure(ax)
 
@@ -294,7 +297,7 @@ def plot_classes(plan: Plan, ax: Axes | None = None) -> Figure:
         shade = PAPER if number >= count / 3 else INK
         for y, x in cells if mosaic.size <= 200 else cells[[nearest]]:
             ax.text(x + 0.5, y + 0.5, f"{number}", ha="center", va="center", fontsize=6, color=shade)
-    _title(ax, f"{plan.num_tiles} tiles in {count} class{'es' * (count > 1)}")
+    _title(ax, f"{counted(plan.num_tiles, 'tile')} in {counted(count, 'class')}")
     return _figure(ax)
 
 
@@ -308,8 +311,8 @@ def plot_tile(plan: Plan, row: Position | None = None, ax: Axes | None = None) -
     rows, columns = tile_tokens(plan, row)
     for token in rows:
         _mark(ax, plan.geometry.shape, np.unravel_index(token, plan.geometry.shape), PAPER if plan.transposed else INK)
-    names = ("keys", "queries") if plan.transposed else ("queries", "keys")
-    _title(ax, f"a tile of {len(rows)} {names[0]} loads {len(columns)} {names[1]}")
+    names = ("key", "query") if plan.transposed else ("query", "key")
+    _title(ax, f"a tile of {counted(len(rows), names[0])} loads {counted(len(columns), names[1])}")
     return _figure(ax)
 
 

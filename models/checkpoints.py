@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dinat_triton.files import replacing
 from dinat_triton.models.layouts import StateDict, find_model, some, translate
 from dinat_triton.models.variants import VARIANTS
+from dinat_triton.words import counted
 
 _logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def read_file(path: str | Path) -> Mapping[str, Any]:
 
 
 def _load(path: Path) -> Mapping[str, Any]:
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         return load_file(path)
     # timm's training checkpoints hold their arguments in a Namespace.
     with torch.serialization.safe_globals([argparse.Namespace]):
@@ -238,6 +239,8 @@ def fit(tensors: StateDict, model: nn.Module, new_classifier: bool = False) -> N
         new_classifier: Whether the model's own stays where that of the checkpoint does not fit.
     """
     wanted = model.state_dict()
+    if not any(key.endswith(".attn.rpb") for key in wanted):
+        raise ValueError(f"model must be a NAT or DiNAT, got a {type(model).__name__}")
     _fit_biases(tensors, wanted)
     _fit_feature_norms(tensors, wanted)
     _fit_classifier(tensors, wanted, new_classifier)
@@ -293,7 +296,7 @@ def _fit_classifier(tensors: StateDict, wanted: Mapping[str, Tensor], new: bool)
     if classes == expected:
         return
     if expected and not new:
-        has = f"a classifier of {classes} classes" if classes else "no classifier"
+        has = f"a classifier of {counted(classes, 'class')}" if classes else "no classifier"
         raise ValueError(
             f"checkpoint has {has}, the model one of {expected}. Create the model with num_classes={classes}, and with "
             f"pretrained_cfg_overlay=dict(num_classes={classes}, ...) where it is created with pretrained=True"
@@ -302,7 +305,7 @@ def _fit_classifier(tensors: StateDict, wanted: Mapping[str, Tensor], new: bool)
         tensors.pop(key, None)
         if expected:
             tensors[key] = wanted[key]
-    _logger.info(f"Left out the checkpoint's classifier of {classes} classes.")
+    _logger.info(f"Left out the checkpoint's classifier of {counted(classes, 'class')}.")
 
 
 def _differences(tensors: StateDict, wanted: Mapping[str, Tensor], ignore: Iterable[str] = ()) -> str:
@@ -360,12 +363,13 @@ def load_checkpoint(model: nn.Module, checkpoint: Checkpoint, new_classifier: bo
 def save_state_dict(tensors: StateDict, path: str | Path) -> None:
     """Writes a .safetensors or torch file, by the name's ending; one that is there already is replaced at the end."""
     path = Path(path)
-    if path.suffix not in ENDINGS:
+    kind = path.suffix.lower()
+    if kind not in ENDINGS:
         raise ValueError(f"file must end in .safetensors, .pth, .pt or .bin, got {str(path)!r}")
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     with replacing(path) as beside:
         try:
-            if path.suffix == ".safetensors":
+            if kind == ".safetensors":
                 save_file(tensors, beside, metadata={"format": "pt"})
             else:
                 torch.save(tensors, beside)

@@ -262,6 +262,8 @@ def test_foreign_checkpoints_are_refused():
     refused(swin.state_dict(), model, "unknown keys: .*relative_position_bias_table")
     refused({"epoch": 3, "weights": "x"}, model, "not a state dict: it holds epoch, weights")
     refused({}, model, "it holds nothing")
+    with pytest.raises(ValueError, match="model must be a NAT or DiNAT, got a ResNet"):
+        checkpoints.fit(dict(model.state_dict()), timm.create_model("resnet10t"))
 
 
 def test_another_variant_is_refused_with_both_names():

@@ -112,6 +112,32 @@ def test_only_this_machine_is_served(server: Server) -> None:
     assert get(server, "../plots.py")[0] == 404
 
 
+def test_head_says_what_get_would_and_all_is_under_a_policy(server: Server) -> None:
+    for path in ("", "page.js", "api/about?shape=9&kernel=3", "nothing"):
+        found = []
+        for method in ("GET", "HEAD"):
+            try:
+                response = urllib.request.urlopen(urllib.request.Request(server.url + path, method=method), timeout=20)
+            except urllib.error.HTTPError as error:
+                response = error
+            with response:
+                found.append((response.status, response.headers["Content-Length"], len(response.read())))
+                assert "default-src 'none'; script-src 'self'" in response.headers["Content-Security-Policy"]
+        assert found[1] == (*found[0][:2], 0)
+        assert int(found[0][1]) == found[0][2] > 0
+    page = urllib.request.urlopen(server.url, timeout=20).read() + urllib.request.urlopen(f"{server.url}page.js").read()
+    assert b"style=" not in page  # the policy has a browser ignore styles in markup
+
+
+def test_a_hundred_connections_at_once_are_answered(server: Server) -> None:
+    waiting = [socket.create_connection(("127.0.0.1", server.server_port), timeout=20) for _ in range(100)]
+    for connection in waiting:
+        connection.sendall(b"GET /api/about?shape=9&kernel=3 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    for connection in waiting:
+        with connection:
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+
+
 def test_malformed_queries_never_break_it(server: Server) -> None:
     rng = random.Random(3)
     names = [*FIELDS, "token", "tile", "dilations", "", "%", "x"]

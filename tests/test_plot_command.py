@@ -1,5 +1,6 @@
 """`dinat-triton plot`: files and characters that show the geometry, and messages instead of tracebacks."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -50,7 +51,8 @@ def test_attention_is_drawn_on_a_picture(tmp_path: Path, capsys: pytest.CaptureF
     command = ["plot", "attention", "--model", "dinat_mini", "--layers", "1", "--at", "0.2", "0.7", "--term"]
     assert main([*command, "-o", str(file)]) == 0
     assert file.read_bytes().startswith(b"%PDF")
-    title, *lines = capsys.readouterr().out.rstrip("\n").split("\n")
+    weights, title, *lines, wrote = capsys.readouterr().out.rstrip("\n").split("\n")
+    assert (weights, wrote) == ("dinat_mini with random weights", f"wrote {file}")
     assert title == "stage 1, block 2: kernel 7, dilation 8"
     tokens, _ = Geometry((56, 56), (7,), (8,)).neighbors()
     query = int(0.2 * 56) * 56 + int(0.7 * 56)
@@ -65,11 +67,12 @@ def test_attention_is_drawn_on_a_picture(tmp_path: Path, capsys: pytest.CaptureF
         ("neighborhood", "say where the figure goes"),
         ("neighborhood --kernel-size 9 --dilation 2 --term", "kernel_size * dilation must fit"),
         ("neighborhood --shape 500 500 --term", "up to 65536"),
-        ("neighborhood -o no/such/folder/figure.png", "No such file"),
-        ("receptive-field --shape 9999 --term", "up to 1024"),
+        ("neighborhood -o no/such/folder/figure.png", "there is no folder"),
+        ("receptive-field --shape 1024 1024 1024 --term", "has up to 1048576"),
+        (f"plan --tile {10**23} --term", "--tile takes up to 65536"),
         ("plan --shape 128 128 --kernel-size 127 --tile 64 --term", "pairs over all classes"),
-        ("attention --model resnet18d_of_none --term", "--model must be a model of timm"),
-        ("attention --image no/such/picture.png --term", "No such file"),
+        ("attention --model resnet18d_of_none --term", "no model 'resnet18d_of_none'"),
+        ("attention --image no/such/picture.png --term", "no such picture"),
         ("attention --layers 99 --term", "--layers must be between 0 and 17"),
         ("attention --heads 5 --term", "--heads must be between 0 and 1"),
     ],
@@ -93,6 +96,10 @@ def test_explore_serves_until_it_is_interrupted() -> None:
         for path in ("", "page.js", "page.css", "api/about?shape=9&kernel=3"):
             with urllib.request.urlopen(url + path, timeout=20) as response:
                 assert response.status == 200
+        if sys.platform == "linux":
+            memory = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+            assert memory is not None
+            assert int(memory[1]) < 300_000
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=20) == 130
         assert "Traceback" not in process.communicate()[1]

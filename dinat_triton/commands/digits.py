@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dinat_triton.commands.options import add_out
+from dinat_triton.files import check_target
 from dinat_triton.progress import ProgressBar
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch import Tensor, nn
 
 HELD_OUT = 360  # of 1797 images
@@ -33,16 +38,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the split and the shifts (default: 0)")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU; the model is too small for more (default: 1)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
-    parser.add_argument("--output", type=Path, default=Path("out"), help="folder of curve and weights (default: out)")
+    add_out(parser, "folder of curve and weights (default: out)", Path("out"))
 
 
 def run(args: argparse.Namespace) -> int:
     import torch
 
+    from dinat_triton import plots
     from dinat_triton.models.checkpoints import save_state_dict
 
-    if args.epochs < 1:
-        raise ValueError(f"--epochs must be at least 1, got {args.epochs}")
+    curve, weights = args.out / "digits.png", args.out / "digits.safetensors"
+    for path in (curve, weights):
+        check_target(path, force=args.force, folder=True)
+    _check(args)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     train, test = (Split(*(x.to(args.device) for x in split)) for split in load(args.seed))
@@ -53,12 +61,28 @@ def run(args: argparse.Namespace) -> int:
     history = fit(model, train, test, args.epochs, args.lr)
     seconds = time.monotonic() - start
 
-    args.output.mkdir(parents=True, exist_ok=True)
-    draw(history, args.output / "digits.png")
-    save_state_dict(model.state_dict(), args.output / "digits.safetensors")
+    args.out.mkdir(parents=True, exist_ok=True)
+    plots.save(draw(history), curve)
+    save_state_dict(model.state_dict(), weights)
     print(f"{100 * history[-1].accuracy:.2f} % of the held-out digits right after {seconds:.0f} s")
-    print(f"wrote {args.output / 'digits.png'} and {args.output / 'digits.safetensors'}")
+    print(f"wrote {curve} and {weights}")
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    import torch
+
+    most = os.cpu_count() or 1
+    if args.epochs < 1:
+        raise ValueError(f"--epochs must be at least 1, got {args.epochs}")
+    if not 0 < args.lr < math.inf:
+        raise ValueError(f"--lr must be a number above 0, got {args.lr}")
+    if not 1 <= args.threads <= most:
+        raise ValueError(f"--threads must be between 1 and this machine's {most}, got {args.threads}")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device} cannot be used here: {error}") from error
 
 
 def load(seed: int) -> tuple[Split, Split]:
@@ -135,7 +159,7 @@ def accuracy(model: nn.Module, split: Split) -> float:
         return (model(split.images).argmax(-1) == split.labels).float().mean().item()
 
 
-def draw(history: list[Epoch], path: Path) -> None:
+def draw(history: list[Epoch]) -> Figure:
     """Loss and held-out errors over the epochs."""
     from matplotlib.figure import Figure
 
@@ -149,4 +173,4 @@ def draw(history: list[Epoch], path: Path) -> None:
     )
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    figure.savefig(path, dpi=150)
+    return figure

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
+from dinat_triton.commands.inputs import RANDOM, add_weights, build, picture
+from dinat_triton.commands.options import add_out
+from dinat_triton.files import FIGURES, check_target
 from dinat_triton.geometry import Geometry
 from dinat_triton.plan import Plan
+from dinat_triton.words import counted
 
-MAX_TOKENS, MAX_PAIRS = 1 << 16, 1 << 22
+MAX_TOKENS, MAX_FIELD, MAX_PAIRS = 1 << 16, 1 << 20, 1 << 22
 PER_AXIS = "one for all axes, or one per axis"
 
 
@@ -20,20 +25,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _attention(figures.add_parser("attention", help="where a token of a model attends, drawn back on a picture"))
     for figure in figures.choices.values():
         output = figure.add_argument_group("output (at least one)")
-        output.add_argument("-o", "--output", metavar="FILE", type=Path, help="write the figure: .png, .svg or .pdf")
+        add_out(output, "write the figure: .png, .svg or .pdf")
         output.add_argument("--term", action="store_true", help="print it in characters")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.output is None and not args.term:
+    if args.out is None and not args.term:
         raise ValueError("say where the figure goes: -o FILE.{png,svg,pdf}, --term, or both")
+    if args.out is not None:
+        check_target(args.out, endings=FIGURES, force=args.force)
     figure, text = args.draw(args)
     if args.term:
         print(text)
-    if args.output is not None:
+    if args.out is not None:
         from dinat_triton import plots
 
-        plots.save(figure, args.output)
+        plots.save(figure, args.out)
+        print(f"wrote {args.out}")
     return 0
 
 
@@ -90,7 +98,8 @@ def _draw_receptive_field(args: argparse.Namespace):
 
     if len(args.dilations) > 64:
         raise ValueError(f"--dilations takes up to 64 layers, got {len(args.dilations)}")
-    _check_side(args.shape)
+    if math.prod(args.shape) > MAX_FIELD:
+        raise ValueError(f"--shape has {math.prod(args.shape)} tokens; a receptive field has up to {MAX_FIELD}")
     layers = receptive_field.dilated_stack(args.shape, args.kernel_size, args.dilations)
     stacks = {f"dilations {' '.join(map(str, args.dilations))}": layers}
     if args.compare:
@@ -99,13 +108,8 @@ def _draw_receptive_field(args: argparse.Namespace):
     texts = []
     for depth, field in enumerate(receptive_field.growth(layers, args.at), 1):
         picture = plots.text_heat(field.heat) if args.heat else plots.text_cells(field.mask)
-        texts.append(f"after layer {depth}: {field.size} tokens, {field.coverage:.3g} %\n{picture}")
+        texts.append(f"after layer {depth}: {counted(field.size, 'token')}, {field.coverage:.3g} %\n{picture}")
     return plots.plot_receptive_fields(stacks, args.at, heat=args.heat), "\n\n".join(texts)
-
-
-def _check_side(shape: list[int]) -> None:
-    if max(shape) > 1024:
-        raise ValueError(f"--shape takes sides of up to 1024 tokens here, got {max(shape)}")
 
 
 def _plan(parser: argparse.ArgumentParser) -> None:
@@ -121,6 +125,8 @@ def _draw_plan(args: argparse.Namespace):
     from dinat_triton import plots
 
     geometry = _geometry(args)
+    if max(args.tile) > MAX_TOKENS:
+        raise ValueError(f"--tile takes up to {MAX_TOKENS} rows along an axis, got {max(args.tile)}")
     plan = Plan(geometry, tuple(args.tile), transposed=args.transposed)
     cost = plan.cost()
     if cost.table_entries > MAX_PAIRS:
@@ -131,7 +137,7 @@ def _draw_plan(args: argparse.Namespace):
     figure = plots.plot_cost(geometry) if args.cost else plots.plot_plan(plan, position)
     lines = [
         plots.text_cells(plots.tile_cells(plan, position)),
-        f"tiles of {' x '.join(map(str, plan.tile))} in {cost.launches} classes",
+        f"tiles of {' x '.join(map(str, plan.tile))} in {counted(cost.launches, 'class')}",
         f"scores per query: {cost.scores_per_query:.1f} evaluated, {cost.useful_per_query:.1f} attend",
         f"loads per query: {cost.col_loads / cost.queries:.2f}",
     ]
@@ -140,9 +146,7 @@ def _draw_plan(args: argparse.Namespace):
 
 def _attention(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="dinat_mini", help="a NAT or DiNAT of timm (default: dinat_mini)")
-    weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("--pretrained", action="store_true", help="fetch published weights; random ones otherwise")
-    weights.add_argument("--checkpoint", metavar="FILE", help="weights from a file")
+    add_weights(parser, RANDOM)
     parser.add_argument("--image", type=Path, metavar="FILE", help="a picture; a drawn landscape by default")
     parser.add_argument("--layers", type=int, nargs="+", metavar="L", help="which attention layers, counted from 0")
     parser.add_argument("--heads", type=int, nargs="+", metavar="H", help="which heads (default: the first three)")
@@ -175,21 +179,14 @@ def _draw_attention(args: argparse.Namespace):
 
 def _load_model(args: argparse.Namespace):
     """The model, the picture as the model crops it, and the normalised batch of one."""
-    import timm
     import torch
-    from PIL import Image
     from timm.data.config import resolve_model_data_config
     from timm.data.transforms_factory import create_transform
-    from torchvision.transforms.functional import to_pil_image
 
-    from dinat_triton.attention_maps import sample_image
-
-    torch.manual_seed(0)
-    if not timm.is_model(args.model):
-        raise ValueError(f"--model must be a model of timm, got {args.model!r}")
-    model = timm.create_model(args.model, pretrained=args.pretrained, checkpoint_path=args.checkpoint or "").eval()
-    config = resolve_model_data_config(model)
-    image = to_pil_image(sample_image()) if args.image is None else Image.open(args.image).convert("RGB")
+    image = picture(args.image)
+    model, origin = build(args.model, args.weights)
+    print(f"{args.model} with {origin}")
+    config = resolve_model_data_config(model.eval())
     x = create_transform(**config)(image)
     mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
     return model, (x * std + mean).clamp(0, 1), x[None]

@@ -105,7 +105,7 @@ async function update() {
     if (turn !== asked) return;
     buildMap(about.shape);
     state.token = Math.min(state.token, about.tokens - 1);
-    $("about").textContent = `${about.tokens} tokens, ${about.pairs} attending pairs, bias table ${about.bias.join(" x ")} per head`;
+    $("about").textContent = `${counted(about.tokens, "token")}, ${counted(about.pairs, "attending pair")}, bias table ${about.bias.join(" x ")} per head`;
     const paint = { keys: paintNeighbors, queries: paintNeighbors, field: paintField, tiles: paintTiles }[state.view];
     const extra = { keys: [], queries: [], field: ["dilations"], tiles: ["tile"] }[state.view];
     const path = { keys: "neighbors", queries: "neighbors", field: "field", tiles: "plan" }[state.view];
@@ -168,8 +168,18 @@ function where(position) {
   return `(${position.join(", ")})`;
 }
 
+// 1 tile, 2 tiles, 2 classes, 2 queries.
+function counted(number, noun) {
+  return `${number} ${number === 1 ? noun : noun.endsWith("ry") ? noun.slice(0, -1) + "ies" : noun + (noun.endsWith("s") ? "es" : "s")}`;
+}
+
+// Styles are set one by one: those in markup are what the page's policy forbids.
 function legend(...entries) {
-  $("legend").innerHTML = entries.map(([colour, text]) => `<i style="background:${colour}"></i>${text}`).join("");
+  $("legend").replaceChildren(...entries.flatMap(([colour, text]) => {
+    const patch = document.createElement("i");
+    patch.style.background = colour;
+    return [patch, text];
+  }));
 }
 
 function list(tokens) {
@@ -181,7 +191,7 @@ function paintNeighbors(answer) {
   const tokens = forward ? answer.keys : answer.queries;
   mark(tokens.filter((token) => token !== state.token), forward ? "key" : "query");
   cells[state.token].classList.add(forward ? "query" : "key", "here");
-  const count = `${tokens.length} ${forward ? "key" : "quer"}${tokens.length === 1 ? (forward ? "" : "y") : forward ? "s" : "ies"}`;
+  const count = counted(tokens.length, forward ? "key" : "query");
   $("readout").textContent = forward
     ? `The query at ${where(answer.position)} sees ${count}.`
     : `The key at ${where(answer.position)} is seen by ${count}.`;
@@ -199,7 +209,7 @@ function paintField(answer) {
   });
   cells[state.token].classList.add("here");
   $("readout").textContent =
-    `After ${state.depth} layer${state.depth > 1 ? "s" : ""} the token has heard from ${layer.tokens.length} tokens, ` +
+    `After ${counted(state.depth, "layer")} the token has heard from ${counted(layer.tokens.length, "token")}, ` +
     `${layer.coverage} % of the map.`;
   legend(["var(--high)", "contributes most"], ["var(--low)", "contributes little"], ["var(--cell)", "not reached"]);
   list(layer.tokens);
@@ -215,9 +225,9 @@ function paintTiles(answer) {
   mark(answer.rows, "query");
   mark(answer.rows, "here");
   $("readout").textContent =
-    `A tile of class ${answer.class}: ${answer.rows.length} queries load ${answer.columns.length} keys; ` +
-    `${answer.useful} of ${answer.evaluated} scores attend. ` +
-    `${answer.count.tiles} tiles in ${answer.count.classes} class${answer.count.classes === 1 ? "" : "es"}.`;
+    `A tile of class ${answer.class}: ${counted(answer.rows.length, "query")}, ${counted(answer.columns.length, "key")} loaded; ` +
+    `${answer.useful} of ${counted(answer.evaluated, "score")} attend. ` +
+    `${counted(answer.count.tiles, "tile")} in ${counted(answer.count.classes, "class")}.`;
   legend(["var(--query)", "queries of the tile"], ["var(--key)", "keys it loads"], ["var(--soft)", "shades: other classes"]);
   list(answer.columns);
   paintCosts(answer);
@@ -231,10 +241,9 @@ function paintCosts(answer) {
     const row = document.createElement("tr");
     const name = cost.tile.join("x");
     row.className = name === own ? "chosen" : "";
-    row.innerHTML =
-      `<td><button type="button">${name}</button></td>` +
-      `<td style="--share:${(90 * cost.scores) / scores}%">${cost.scores}</td>` +
-      `<td style="--share:${(90 * cost.loads) / loads}%">${cost.loads}</td>`;
+    row.innerHTML = `<td><button type="button">${name}</button></td><td>${cost.scores}</td><td>${cost.loads}</td>`;
+    row.cells[1].style.setProperty("--share", `${(90 * cost.scores) / scores}%`);
+    row.cells[2].style.setProperty("--share", `${(90 * cost.loads) / loads}%`);
     row.querySelector("button").addEventListener("click", () => {
       state.tile = cost.tile;
       buildControls();

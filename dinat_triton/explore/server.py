@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from urllib.parse import urlsplit
@@ -11,6 +12,13 @@ from urllib.parse import urlsplit
 from dinat_triton.explore.answers import answer
 
 LOOPBACK = "127.0.0.1"
+# The page loads its own files and asks this server, and nothing else.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+# One at a time: a hundred at once would need memory for a hundred, and take no less time.
+ANSWERING = threading.Lock()
 FILES = {
     "/": ("page.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
@@ -19,7 +27,7 @@ FILES = {
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers GET requests from this machine."""
+    """Answers GET and HEAD requests from this machine."""
 
     server_version, sys_version = "dinat-triton", ""
     protocol_version = "HTTP/1.1"
@@ -36,6 +44,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         self._send(*self._answer(url.path if url else "", url.query if url else ""))
 
+    do_HEAD = do_GET  # `_send` keeps the body back
+
     def _is_local(self) -> bool:
         """Whether the page was opened under this machine's own name: another site's name may point here too."""
         host = self.headers.get("Host", LOOPBACK).rpartition(":")[0] or self.headers.get("Host", LOOPBACK)
@@ -43,7 +53,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, path: str, query: str) -> tuple[int, str, bytes]:
         try:
-            found = answer(path, query)
+            with ANSWERING:
+                found = answer(path, query)
             status, body = (404, {"error": f"nothing lives at {path[:60]!r}"}) if found is None else (200, found)
         except (ValueError, TypeError) as error:
             status, body = 400, {"error": str(error)}
@@ -55,8 +66,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Cache-Control", "no-store")
         self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Content-Security-Policy", POLICY)
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
         """Says nothing: hovering asks often."""
@@ -66,6 +79,7 @@ class Server(ThreadingHTTPServer):
     """Listens on loopback only. Port 0 takes a free one."""
 
     daemon_threads = True
+    request_queue_size = 128  # connections that wait to be accepted
 
     def __init__(self, port: int = 0):
         super().__init__((LOOPBACK, port), Handler)
