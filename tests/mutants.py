@@ -61,11 +61,12 @@ BUGS = {
     "kernels/prepare.py test_prepare": [("any address is aligned", "data_ptr() % ALIGNMENT", "data_ptr() % 1")],
     "tests/oracles/gpu.py test_compiled": [("dropped barrier", ".decode()", '.decode().replace("bar.sync", "//")')],
     "tests/oracles/ptx/memory.py test_machine": [("races go unseen", 'raise Fault("warps meet', 'print("warps meet')],
-    "models/checkpoints.py test_checkpoints": [
+    "models/layouts.py test_checkpoints": [
         ("key template", '"layernorm_before.{p}"', '"layernorm_after.{p}"'),
         ("order of query and key", 'for name in ("query", "key", "value")]', 'for name in ("key", "query", "value")]')],
+    "models/dilations.py test_models": [
+        ("dilation of a variant", '"384": [[1, 13], [1, 6], [1, 3]', '"384": [[1, 13], [1, 6], [1, 2]')],
     "models/dinat.py test_models": [
-        ("dilation of a variant", '"384": [[1, 13], [1, 6], [1, 3]', '"384": [[1, 13], [1, 6], [1, 2]'),
         ("drop path", "drop_path[sum(depths[:i]) : sum(depths[: i + 1])]", "drop_path[: depths[i]]"),
         ("norm before the MLP", "self.mlp(self.norm2(x))", "self.mlp(self.norm1(x))")],
     "dinat_triton/integrations/natten.py test_natten_namespace": [

@@ -17,7 +17,7 @@ import transformers
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from dinat_triton.integrations import nat
-from dinat_triton.models.checkpoints import from_native
+from dinat_triton.models.layouts import from_native
 from tests.oracles import brute
 from tests.transformers_dinat import modeling as repaired_modeling
 from tests.transformers_models import CLASSES, DINAT, SMALL, build, first, randomized, small
