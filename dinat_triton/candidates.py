@@ -13,7 +13,6 @@ from math import prod
 import numpy as np
 
 from dinat_triton.geometry import Axis, Geometry, IntArray
-from dinat_triton.plan import border_margin
 
 # Axes are cut for tiles of so many rows at least, so that passes with smaller tiles share what was counted.
 SHARED_ROWS = 64
@@ -76,7 +75,7 @@ def cut_axis(axis: Axis, most_rows: int, transposed: bool = False) -> AxisRuns:
     parts = []
     for length, residues in axis.residue_classes():
         start, end = axis.observers(length) if transposed else axis.windows(length)
-        margin, tiles = border_margin(axis), -(-length // lengths)
+        margin, tiles = axis.border, -(-length // lengths)
         # Tiles near the ends one by one, and one for all between: runs keep a stride's queries together.
         left = np.minimum(-(-margin // lengths), tiles)
         right = np.maximum(left, (length - margin) // lengths)

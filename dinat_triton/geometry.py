@@ -41,6 +41,11 @@ class Axis:
         windows = [(len(residues), *self.windows(length)) for length, residues in self.residue_classes()]
         return sum(count * int((end - start).sum()) for count, start, end in windows)
 
+    @property
+    def border(self) -> int:
+        """Distance from the ends of a residue class at which neither windows nor observers know of them any more."""
+        return 2 * (self.kernel + self.stride)
+
     def residue_classes(self) -> Iterator[tuple[int, IntArray]]:
         """Yields (class length, its residues). Lengths differ by one where the dilation does not divide the size."""
         length, longer = divmod(self.size, self.dilation)

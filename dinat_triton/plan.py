@@ -95,7 +95,7 @@ def alike_tiles(axis: Axis, length: int, tile: int) -> Iterator[tuple[int, tuple
 
     Between the borders, pictures repeat with the stride.
     """
-    margin, period = border_margin(axis), axis.stride // gcd(axis.stride, tile)
+    margin, period = axis.border, axis.stride // gcd(axis.stride, tile)
     end = ceil(length / tile)
     left = min(ceil(margin / tile), end)
     right = max(left, (length - margin) // tile)
@@ -103,11 +103,6 @@ def alike_tiles(axis: Axis, length: int, tile: int) -> Iterator[tuple[int, tuple
         yield number, (number, number + 1, 1)
     for number in range(left, min(left + period, right)):
         yield number, (number, right, period)
-
-
-def border_margin(axis: Axis) -> int:
-    """Distance from the ends of a residue class at which neither windows nor observers know of them any more."""
-    return 2 * (axis.kernel + axis.stride)
 
 
 def _axis_tiles(

@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dinat_triton import bias, store
 from dinat_triton.candidates import Candidates
+from dinat_triton.device_tiles import DeviceTiles, vectors_of
 from dinat_triton.dropout import keep_mask
 from dinat_triton.geometry import Geometry
 from dinat_triton.packing import unpack
@@ -32,7 +33,7 @@ MOST_ROWS = 1024
 # Entries of a tile class's bias table, of all heads, at most, where a smaller tile exists.
 MOST_ENTRIES = 1 << 23
 # What decides how fast a tile is.
-SOURCES = ("tiled.py", "plan.py", "bias.py")
+SOURCES = ("tiled.py", "candidates.py", "device_tiles.py", "plan.py", "bias.py")
 
 
 def forward(
@@ -48,9 +49,9 @@ def forward(
     """Attends; query, key and value are `[batch, *shape, heads, dim]`. The log-sum-exp is empty unless needed."""
     call = Call(qkv, rpb, seed, geometry, scale, dropout_p, tile)
     outs, lses = Rows(call), Rows(call)
-    for part in call.parts:
-        table = call.table(part)
-        for group in call.groups(part):
+    for tiles in call.classes:
+        table = call.table(tiles)
+        for group in call.groups(tiles):
             if need_lse or dropout_p > 0:
                 out, lse = attend_with_lse(call, group, table)
                 outs.add(out, group)
@@ -95,10 +96,10 @@ def backward(
     grad_q = Rows(call)
     grad_k, grad_v = (x.new_zeros(x.shape, dtype=call.dtype).flatten(0, -3) for x in unpack(qkv)[1:])
     grad_rpb = None if rpb is None else torch.zeros_like(rpb, dtype=call.dtype).flatten(1)
-    for part in call.parts:
-        table = call.table(part)
+    for tiles in call.classes:
+        table = call.table(tiles)
         grad_table = torch.zeros_like(table) if rpb is not None else None
-        for group in call.groups(part):
+        for group in call.groups(tiles):
             # Contiguous, because each goes into two products, and each product would copy it.
             qt, kt, vt = (x.to(call.dtype).contiguous() for x in call.tiles(group))
             do = call.take_rows(grad_out, group).to(call.dtype).contiguous()
@@ -114,7 +115,7 @@ def backward(
             if grad_table is not None:
                 grad_table += ds.sum(0).view_as(grad_table)
         if grad_rpb is not None and grad_table is not None:
-            grad_rpb += bias.table_grad(grad_table.flatten(1), part.pair_index(), geometry.num_offsets)
+            grad_rpb += bias.table_grad(grad_table.flatten(1), tiles.pair_index(), geometry.num_offsets)
     for grad, total in zip(unpack(grads), (grad_q.as_map(), grad_k, grad_v), strict=True):
         grad.copy_(total.view(grad.shape))
     return None if rpb is None or grad_rpb is None else grad_rpb.to(rpb.dtype).view(rpb.shape)
@@ -146,46 +147,44 @@ class Call:
         hides = rpb is not None and (rpb.device.type != "cpu" or bool(rpb.isneginf().any()))
         self.softmax = torch._safe_softmax if hides else torch.softmax
         tile = tile or choose_tile(geometry, self.batch, self.heads, query.dtype, query.device.type)
-        self.parts = parts_of(geometry, tile, query.device, len(qkv) == 1)
-        self.is_whole, self.is_packed = self.parts[0].is_whole, self.parts[0].is_packed
+        self.classes = classes_of(geometry, tile, query.device, len(qkv) == 1)
+        self.is_whole, self.is_packed = self.classes[0].is_whole, self.classes[0].is_packed
         # Gathered from where they are: a part of a packed tensor is strided, and torch would copy it whole first.
         packed = self.tokens(qkv[0]) if self.is_packed else None
         self.q, self.k, self.v = (self.tokens(x) if packed is None else packed for x in (query, key, value))
         self.first_tokens = torch.arange(0, self.batch * geometry.num_tokens, geometry.num_tokens, device=query.device)
 
-    def groups(self, part: Part) -> Iterator[Group]:
+    def groups(self, tiles: TiledClass) -> Iterator[Group]:
         """Splits a class so that the scores of a group stay within SCORES_AT_ONCE."""
-        step = max(1, SCORES_AT_ONCE // (self.batch * self.heads * len(part.rows) * len(part.columns)))
-        for row_base, col_base in zip(part.row_base.split(step), part.col_base.split(step), strict=True):
-            yield Group(part, row_base, col_base)
+        for bases in tiles.split(self.batch * self.heads, SCORES_AT_ONCE):
+            yield Group(tiles, *bases)
 
     def tokens(self, x: Tensor) -> Tensor:
         """`[batch * slots, heads, dim]`, contiguous to gather from: from its first axis torch does so on all cores."""
         x = x.reshape(-1, *x.shape[-2:])
         return x if self.is_whole else x.contiguous()
 
-    def slots(self, base: Tensor, offsets: Tensor) -> Tensor:
-        """Where tokens of tiles lie among those of all batch items, `[batch * tiles * cells]`."""
-        base = (self.first_tokens[:, None] + base).view(-1) if self.batch > 1 else base
-        return (base[:, None] + offsets).view(-1)
+    def slots(self, base: Tensor, offsets: Tensor, packed: int = 1) -> Tensor:
+        """Where tokens of tiles lie among those of all batch items, in a tensor that packs so many parts of each.
 
-    def packed_slots(self, base: Tensor, offsets: Tensor) -> Tensor:
-        """The same in the tensor that packs query, key and value."""
+        `[batch * tiles * cells]`; offsets count in slots, bases in tokens.
+        """
         base = (self.first_tokens[:, None] + base).view(-1) if self.batch > 1 else base
-        return (3 * base[:, None] + offsets).view(-1)
+        base = base if packed == 1 else packed * base
+        return (base[:, None] + offsets).view(-1)
 
     def tiles(self, group: Group) -> tuple[Tensor, Tensor, Tensor]:
         """The group's queries, keys and values."""
-        part, (q, k, v) = group.part, group.part.packed
-        rows, columns = len(part.rows), len(part.columns)
+        tiles, (q, k, v) = group.tiles, group.tiles.packed
+        rows, columns = len(tiles.rows), len(tiles.columns)
         if self.is_packed:
             q_slots, k_slots, v_slots = (
-                self.packed_slots(base, offsets)
+                self.slots(base, offsets, packed=3)
                 for base, offsets in ((group.row_base, q), (group.col_base, k), (group.col_base, v))
             )
         else:
-            q_slots = self.slots(group.row_base, part.rows)
-            k_slots = v_slots = self.slots(group.col_base, part.columns)
+            q_slots = self.slots(group.row_base, tiles.rows)
+            k_slots = v_slots = self.slots(group.col_base, tiles.columns)
         return (
             self.take(self.q, q_slots, rows),
             self.take(self.k, k_slots, columns),
@@ -194,7 +193,7 @@ class Call:
 
     def take_rows(self, x: Tensor, group: Group) -> Tensor:
         """What `[batch * tokens, heads, dim]` holds of the group's rows."""
-        return self.take(x, self.slots(group.row_base, group.part.rows), len(group.part.rows))
+        return self.take(x, self.slots(group.row_base, group.tiles.rows), len(group.tiles.rows))
 
     def take(self, x: Tensor, slots: Tensor, cells: int) -> Tensor:
         """Tiles `[batch * tiles, key heads, group * cells, dim]`."""
@@ -213,16 +212,16 @@ class Call:
 
     def add(self, tile: Tensor, group: Group, out: Tensor) -> None:
         """Adds tiles of columns to their tokens; a token can be a column of several tiles."""
-        columns = self.unfold(tile, len(group.part.columns))
+        columns = self.unfold(tile, len(group.tiles.columns))
         if self.is_whole:
             out += columns
         else:
-            out.flatten(1).index_add_(0, self.slots(group.col_base, group.part.columns), columns.flatten(1))
+            out.flatten(1).index_add_(0, self.slots(group.col_base, group.tiles.columns), columns.flatten(1))
 
-    def table(self, part: Part) -> Tensor:
+    def table(self, tiles: TiledClass) -> Tensor:
         """What to add to the logits of a class, `[heads or 1, rows, columns]`."""
-        table = bias.table(self.rpb, part.pair_index(), self.geometry.num_offsets, self.dtype)
-        return table.view(len(table), len(part.rows), len(part.columns))
+        table = bias.table(self.rpb, tiles.pair_index(), self.geometry.num_offsets, self.dtype)
+        return table.view(len(table), len(tiles.rows), len(tiles.columns))
 
     def mask(self, table: Tensor) -> Tensor:
         """A table as tiles take it, `[1, key heads or 1, group * rows, columns]`: SDPA's fast path wants 4-D."""
@@ -241,8 +240,8 @@ class Call:
         if self.seed is None:
             return x
         tiles = len(group.row_base)
-        query = (group.row_base[:, None] + group.part.rows).view(tiles, 1, 1, -1, 1)
-        key = (group.col_base[:, None] + group.part.columns).view(tiles, 1, 1, 1, -1)
+        query = (group.row_base[:, None] + group.tiles.rows).view(tiles, 1, 1, -1, 1)
+        key = (group.col_base[:, None] + group.tiles.columns).view(tiles, 1, 1, 1, -1)
         batch_head = torch.arange(self.batch * self.heads, device=x.device)
         keep = keep_mask(self.seed, self.dropout_p, key, query, batch_head.view(self.batch, 1, self.kv_heads, -1, 1, 1))
         return x * keep.view(x.shape) / (1 - self.dropout_p)
@@ -257,7 +256,7 @@ class Rows:
         self.slots: list[Tensor] = []
 
     def add(self, tile: Tensor, group: Group) -> None:
-        rows = group.part.rows
+        rows = group.tiles.rows
         self.tiles.append(self.call.unfold(tile, len(rows)))
         self.slots.append(self.call.slots(group.row_base, rows))
 
@@ -273,13 +272,9 @@ class Rows:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """A tile class on a device."""
+class TiledClass(DeviceTiles):
+    """A tile class with its bias indices, and where its tokens lie in packed tensors."""
 
-    rows: Tensor  # [R] offsets of tokens from their tile's base
-    columns: Tensor  # [S]
-    row_base: Tensor  # [tiles] tokens
-    col_base: Tensor  # [tiles]
     packed: tuple[Tensor, Tensor, Tensor]  # offsets of queries [R], keys [S] and values [S] in a tensor that packs them
     axis_indices: list[Tensor]  # what each axis adds to the bias index of a pair
     num_offsets: int
@@ -295,22 +290,21 @@ class Part:
 class Group:
     """Some tiles of one class, in every batch item."""
 
-    part: Part
+    tiles: TiledClass
     row_base: Tensor
     col_base: Tensor
 
 
 @lru_cache(maxsize=128)
-def parts_of(geometry: Geometry, tile: tuple[int, ...], device: torch.device, is_packed: bool) -> list[Part]:
+def classes_of(geometry: Geometry, tile: tuple[int, ...], device: torch.device, is_packed: bool) -> list[TiledClass]:
     """The tile classes of a plan on a device."""
-    return [_part(c, device, is_packed) for c in Plan(geometry, tile).classes]
+    return [_tiled_class(c, device, is_packed) for c in Plan(geometry, tile).classes]
 
 
-def _part(c: TileClass, device: torch.device, is_packed: bool) -> Part:
-    vectors = (c.rows, c.columns, c.row_base, c.col_base)
-    rows, columns, row_base, col_base = (torch.as_tensor(x, device=device) for x in vectors)
+def _tiled_class(c: TileClass, device: torch.device, is_packed: bool) -> TiledClass:
+    rows, columns, row_base, col_base = vectors_of(c, device)
     is_whole = len(rows) == c.geometry.num_tokens and bool((np.diff(c.rows) == 1).all())
-    return Part(
+    return TiledClass(
         rows,
         columns,
         row_base,

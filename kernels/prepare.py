@@ -102,13 +102,17 @@ def prepare_forward(
 ) -> Launch:  # fmt: skip
     """The forward's launch. `places` are those of query, key and value."""
     problem = _problem(geometry, places, dtype, device, tf32, preset)
-    plan = schedule_of(problem, "forward")
-    table = _table(problem, plan) if rpb_dtype is not None and not plan.one_chunk else None
+    schedule = schedule_of(problem, "forward")
+    table = _table(problem, schedule) if rpb_dtype is not None and not schedule.one_chunk else None
     arguments: Arguments = (
-        *_indices(plan), *_strides(places), *_sizes(problem, plan, table), plan.layout.max_chunks,
+        *_indices(schedule), *_strides(places), *_sizes(problem, schedule, table), schedule.layout.max_chunks,
     )  # fmt: skip
-    options = {"ONE_CHUNK": plan.one_chunk, "HAS_BIAS": rpb_dtype is not None, "DROPOUT": dropout} | plan.options
-    return Launch(forward_kernel, plan.grid, arguments, options, table=table)
+    options = {
+        "ONE_CHUNK": schedule.one_chunk,
+        "HAS_BIAS": rpb_dtype is not None,
+        "DROPOUT": dropout,
+    } | schedule.options
+    return Launch(forward_kernel, schedule.grid, arguments, options, table=table)
 
 
 @lru_cache(maxsize=256)
@@ -120,60 +124,68 @@ def prepare_backward(
     problem = _problem(geometry, places, dtype, device, tf32, preset)
     given = {"HAS_BIAS": rpb_dtype is not None, "HAS_GRAD_LSE": has_grad_lse, "DROPOUT": dropout}
     if has_closed_backward(problem):
-        plan = schedule_of(problem, "closed_backward")
-        arguments: Arguments = (*_indices(plan), *_strides(places), *_sizes(problem, plan))
+        schedule = schedule_of(problem, "closed_backward")
+        arguments: Arguments = (*_indices(schedule), *_strides(places), *_sizes(problem, schedule))
         launches: dict[str, tuple[Launch, ...]] = {
-            "closed": (Launch(closed_backward_kernel, plan.grid, arguments, given | plan.options),)
+            "closed": (Launch(closed_backward_kernel, schedule.grid, arguments, given | schedule.options),)
         }
     else:
-        plan = schedule_of(problem, "query_backward")
+        schedule = schedule_of(problem, "query_backward")
         keys = _key_launch(problem, schedule_of(problem, "key_backward"), places, given, rpb_dtype)
-        launches = {"queries": tuple(_query_launches(problem, plan, places, given, rpb_dtype)), "keys": (keys,)}
-    programs, splits = plan.grid
-    folds = _folds(problem, plan) if rpb_dtype is not None else None
-    return Backward((splits, programs, plan.layout.pairs), folds, **launches)
+        launches = {"queries": tuple(_query_launches(problem, schedule, places, given, rpb_dtype)), "keys": (keys,)}
+    programs, splits = schedule.grid
+    folds = _folds(problem, schedule) if rpb_dtype is not None else None
+    return Backward((splits, programs, schedule.layout.pairs), folds, **launches)
 
 
 def _query_launches(
-    problem: Problem, plan: Schedule, places: tuple[Place, ...], given: dict[str, bool], rpb_dtype: torch.dtype | None
+    problem: Problem,
+    schedule: Schedule,
+    places: tuple[Place, ...],
+    given: dict[str, bool],
+    rpb_dtype: torch.dtype | None,
 ) -> Iterator[Launch]:
     """One for dq and the bias gradient, or one for each where the columns of a tile take several chunks."""
     q, k, v, grad_q, _, _, grad_out = places
-    for grad_query, grad_bias in _query_passes(plan, rpb_dtype is not None):
-        all_chunks = grad_query and not plan.one_chunk
-        table = _table(problem, plan) if all_chunks and rpb_dtype is not None else None
+    for grad_query, grad_bias in _query_passes(schedule, rpb_dtype is not None):
+        all_chunks = grad_query and not schedule.one_chunk
+        table = _table(problem, schedule) if all_chunks and rpb_dtype is not None else None
         arguments: Arguments = (
-            *_indices(plan), *_strides((q, k, v, grad_q, grad_out)),
-            *_sizes(problem, plan, table), plan.layout.max_chunks,
+            *_indices(schedule), *_strides((q, k, v, grad_q, grad_out)),
+            *_sizes(problem, schedule, table), schedule.layout.max_chunks,
         )  # fmt: skip
         form = {"ALL_CHUNKS": all_chunks, "GRAD_QUERY": grad_query, "GRAD_BIAS": grad_bias}
-        grid = (*plan.grid, 1 if grad_query else plan.layout.max_chunks)
-        yield Launch(query_backward_kernel, grid, arguments, form | given | plan.options, table=table)
+        grid = (*schedule.grid, 1 if grad_query else schedule.layout.max_chunks)
+        yield Launch(query_backward_kernel, grid, arguments, form | given | schedule.options, table=table)
 
 
 def _key_launch(
-    problem: Problem, plan: Schedule, places: tuple[Place, ...], given: dict[str, bool], rpb_dtype: torch.dtype | None
+    problem: Problem,
+    schedule: Schedule,
+    places: tuple[Place, ...],
+    given: dict[str, bool],
+    rpb_dtype: torch.dtype | None,
 ) -> Launch:
     q, k, v, _, grad_k, grad_v, grad_out = places
-    table = _table(problem, plan) if rpb_dtype is not None else None
+    table = _table(problem, schedule) if rpb_dtype is not None else None
     arguments: Arguments = (
-        *_indices(plan), *_strides((q, k, v, grad_k, grad_v, grad_out)),
-        *_sizes(problem, plan, table), plan.layout.max_chunks,
+        *_indices(schedule), *_strides((q, k, v, grad_k, grad_v, grad_out)),
+        *_sizes(problem, schedule, table), schedule.layout.max_chunks,
     )  # fmt: skip
-    options = {"HAS_BIAS": given["HAS_BIAS"], "DROPOUT": given["DROPOUT"]} | plan.options
-    return Launch(key_backward_kernel, plan.grid, arguments, options, table=table)
+    options = {"HAS_BIAS": given["HAS_BIAS"], "DROPOUT": given["DROPOUT"]} | schedule.options
+    return Launch(key_backward_kernel, schedule.grid, arguments, options, table=table)
 
 
-def _query_passes(plan: Schedule, has_bias: bool) -> list[tuple[bool, bool]]:
+def _query_passes(schedule: Schedule, has_bias: bool) -> list[tuple[bool, bool]]:
     """Whether each launch of `query_backward_kernel` computes dq, and the bias gradient."""
-    if not has_bias or plan.one_chunk:
+    if not has_bias or schedule.one_chunk:
         return [(True, has_bias)]
     return [(True, False), (False, True)]
 
 
-def _table(problem: Problem, plan: Schedule) -> Launch:
+def _table(problem: Problem, schedule: Schedule) -> Launch:
     """Works out the bias of every pair of the plan, `[heads, pairs]`."""
-    layout, rows, chunk = plan.layout, plan.options["ROWS"], plan.options["CHUNK"]
+    layout, rows, chunk = schedule.layout, schedule.options["ROWS"], schedule.options["CHUNK"]
     classes, pairs = len(layout.rows), len(layout.rows) * layout.pairs
     block = min(1024, rows * chunk)
     grid = (rows * chunk // block, classes * layout.max_chunks, problem.heads)
@@ -184,10 +196,10 @@ def _table(problem: Problem, plan: Schedule) -> Launch:
     return Launch(table_kernel, grid, arguments, options, shape=(problem.heads, pairs))
 
 
-def _folds(problem: Problem, plan: Schedule) -> tuple[Launch, Launch]:
+def _folds(problem: Problem, schedule: Schedule) -> tuple[Launch, Launch]:
     """Add up bias gradients, of programs to those of each tile class's pairs, and of pairs to those of bias entries."""
-    layout, heads = plan.layout, problem.heads
-    (programs, splits), classes, pairs = plan.grid, len(layout.rows), layout.pairs
+    layout, heads = schedule.layout, problem.heads
+    (programs, splits), classes, pairs = schedule.grid, len(layout.rows), layout.pairs
     offsets, longest = layout.members.shape
     first: Arguments = (layout.first_run, programs, splits, heads, pairs)
     then: Arguments = (layout.members, classes * pairs, offsets, longest)
@@ -198,8 +210,8 @@ def _folds(problem: Problem, plan: Schedule) -> tuple[Launch, Launch]:
     return over_programs, Launch(fold_bias_kernel, (offsets, heads), then, options)
 
 
-def _indices(plan: Schedule) -> Arguments:
-    layout = plan.layout
+def _indices(schedule: Schedule) -> Arguments:
+    layout = schedule.layout
     return layout.runs, layout.bases, layout.rows, layout.columns, layout.guards
 
 
@@ -207,11 +219,11 @@ def _strides(places: tuple[Place, ...]) -> tuple[int, ...]:
     return tuple(chain.from_iterable(map(strides_of, places)))
 
 
-def _sizes(problem: Problem, plan: Schedule, table: Launch | None = None) -> tuple[int, ...]:
+def _sizes(problem: Problem, schedule: Schedule, table: Launch | None = None) -> tuple[int, ...]:
     """With the bias's distance from head to head, in the table if there is one."""
     group = problem.heads // problem.kv_heads
     bias_head = problem.geometry.num_offsets if table is None else table.shape[1]
-    return problem.batch, plan.batch_step, problem.geometry.num_tokens, problem.heads, group, bias_head
+    return problem.batch, schedule.batch_step, problem.geometry.num_tokens, problem.heads, group, bias_head
 
 
 def _problem(

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinat_triton.device_tiles import DeviceTiles, vectors_of
 from dinat_triton.geometry import Geometry, IntArray, geometry_of, outer_index
 from dinat_triton.ops import LIBRARY
 from dinat_triton.plan import AxisTiles, Plan, TileClass
@@ -107,7 +108,7 @@ def _below_autograd(name, first, second, window, rpb, outside):
         return out.zero_()
     rank = len(window) // 4
     batch, heads, *shape = (second if name == "spread" else first).shape[: 2 + rank]
-    call = Call(geometry_of(tuple(map(int, shape)), tuple(window)), batch, heads, first.device)
+    call = Sums(geometry_of(tuple(map(int, shape)), tuple(window)), batch, heads, first.device)
     if name == "dot":
         call.dot(call.tokens(first), call.tokens(second), rpb, outside, call.tokens(out))
     elif name == "pull":
@@ -121,8 +122,8 @@ def _below_autograd(name, first, second, window, rpb, outside):
     return out
 
 
-class Call:
-    """A sum of one call, tile by tile. Its tensors are `[batch * heads, tokens, dim or window]`."""
+class Sums:
+    """The sums of one call, tile by tile. Its tensors are `[batch * heads, tokens, dim or window]`."""
 
     def __init__(self, geometry: Geometry, batch: int, heads: int, device: torch.device):
         self.geometry, self.batch, self.heads, self.device = geometry, batch, heads, device
@@ -136,8 +137,7 @@ class Call:
         """Yields a few tiles of one class at a time, with the tokens of their rows and of their columns."""
         tile = choose_tile(self.geometry, self.batch, self.heads)
         for slots in slots_of(self.geometry, tile, self.device):
-            step = max(1, SCORES_AT_ONCE // (self.maps * len(slots.rows) * len(slots.columns)))
-            for row_base, col_base in zip(slots.row_base.split(step), slots.col_base.split(step), strict=True):
+            for row_base, col_base in slots.split(self.maps, SCORES_AT_ONCE):
                 yield slots, row_base[:, None] + slots.rows, col_base[:, None] + slots.columns
 
     def dot(self, x: Tensor, y: Tensor, rpb: Tensor | None, outside: float, out: Tensor) -> None:
@@ -188,13 +188,9 @@ def put(out: Tensor, tokens: Tensor, tile: Tensor) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Slots:
-    """A tile class on a device, and which of its columns are in the windows of its rows."""
+class Slots(DeviceTiles):
+    """A tile class, and which of its columns are in the windows of its rows."""
 
-    rows: Tensor  # [R] offsets of tokens from their tile's base
-    columns: Tensor  # [S]
-    row_base: Tensor  # [tiles] tokens
-    col_base: Tensor  # [tiles]
     column: Tensor  # [R, window] the column in each slot
     offset: Tensor  # [R, window] the bias index of the pair
     empty: Tensor  # [R, window] whether the window is shorter; column and offset are 0 there
@@ -210,8 +206,8 @@ def _slots(c: TileClass, device: torch.device) -> Slots:
     columns, offsets = zip(*map(_axis_slots, c.axes, c.geometry.kernel_size), strict=True)
     column = outer_index(columns, [axis.columns for axis in c.axes])
     offset = outer_index(offsets, c.geometry.bias_shape)
-    arrays = (c.rows, c.columns, c.row_base, c.col_base, column.clip(0), offset.clip(0), column < 0)
-    return Slots(*(torch.as_tensor(x, device=device) for x in arrays))
+    arrays = (column.clip(0), offset.clip(0), column < 0)
+    return Slots(*vectors_of(c, device), *(torch.as_tensor(x, device=device) for x in arrays))
 
 
 def _axis_slots(axis: AxisTiles, kernel: int) -> tuple[IntArray, IntArray]:
