@@ -37,12 +37,14 @@ def test_a_file_is_replaced_only_when_its_successor_is_whole(tmp_path: Path) -> 
     with pytest.raises(OSError, match=r"file.txt cannot be written: No space left"):
         write_half()
     assert path.read_text() == "old"
+    (old := tmp_path / "old.txt").hardlink_to(path)  # whoever reads the old file meanwhile reads it to its end
     with replacing(link) as beside:
         beside.write_text("new")
         assert path.read_text() == "old"
     assert link.is_symlink()
     assert (path.read_text(), path.stat().st_mode & 0o777) == ("new", 0o640)
-    assert {each.name for each in tmp_path.iterdir()} == {"file.txt", "link.txt"}
+    assert {each.name for each in tmp_path.iterdir()} == {"file.txt", "link.txt", "old.txt"}
+    assert old.read_text() == "old"
 
 
 @pytest.mark.parametrize(
