@@ -5,8 +5,6 @@ Runs wherever torch does. Memory is linear in tokens: tiles are gathered, attend
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -18,22 +16,20 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dinat_triton import bias, store
 from dinat_triton.candidates import Candidates
-from dinat_triton.device_tiles import DeviceTiles, vectors_of
 from dinat_triton.dropout import keep_mask
 from dinat_triton.geometry import Geometry
 from dinat_triton.packing import unpack
-from dinat_triton.plan import Cost, Plan, TileClass
+from dinat_triton.plan import Cost, Plan
+from dinat_triton.tile_groups import Group, Part, cut_of
 
 # What a tile choice costs on two CPU cores, in nanoseconds: a score, a token of one head that is gathered, an entry of
 # the bias table, and the calls for a tile class.
 SCORE_NS, TOKEN_NS, ENTRY_NS, CLASS_NS = 0.7, 15.0, 0.4, 40_000.0
-# Scores held at once: a few megabytes, so that a group's products and softmax stay in cache.
-SCORES_AT_ONCE = 1 << 20
 MOST_ROWS = 1024
 # Entries of a tile class's bias table, of all heads, at most, where a smaller tile exists.
 MOST_ENTRIES = 1 << 23
 # What decides how fast a tile is.
-SOURCES = ("tiled.py", "candidates.py", "device_tiles.py", "plan.py", "bias.py")
+SOURCES = ("tiled.py", "candidates.py", "device_tiles.py", "tile_groups.py", "plan.py", "bias.py")
 
 
 def forward(
@@ -49,9 +45,9 @@ def forward(
     """Attends; query, key and value are `[batch, *shape, heads, dim]`. The log-sum-exp is empty unless needed."""
     call = Call(qkv, rpb, seed, geometry, scale, dropout_p, tile)
     outs, lses = Rows(call), Rows(call)
-    for tiles in call.classes:
-        table = call.table(tiles)
-        for group in call.groups(tiles):
+    for part in call.cut.parts():
+        table = call.table(part)
+        for group in part.groups():
             if need_lse or dropout_p > 0:
                 out, lse = attend_with_lse(call, group, table)
                 outs.add(out, group)
@@ -96,10 +92,10 @@ def backward(
     grad_q = Rows(call)
     grad_k, grad_v = (x.new_zeros(x.shape, dtype=call.dtype).flatten(0, -3) for x in unpack(qkv)[1:])
     grad_rpb = None if rpb is None else torch.zeros_like(rpb, dtype=call.dtype).flatten(1)
-    for tiles in call.classes:
-        table = call.table(tiles)
+    for part in call.cut.parts():
+        table = call.table(part)
         grad_table = torch.zeros_like(table) if rpb is not None else None
-        for group in call.groups(tiles):
+        for group in part.groups():
             # Contiguous, because each goes into two products, and each product would copy it.
             qt, kt, vt = (x.to(call.dtype).contiguous() for x in call.tiles(group))
             do = call.take_rows(grad_out, group).to(call.dtype).contiguous()
@@ -115,7 +111,7 @@ def backward(
             if grad_table is not None:
                 grad_table += ds.sum(0).view_as(grad_table)
         if grad_rpb is not None and grad_table is not None:
-            grad_rpb += bias.table_grad(grad_table.flatten(1), tiles.pair_index(), geometry.num_offsets)
+            grad_rpb += bias.table_grad(grad_table.flatten(1), part.pair_index, geometry.num_offsets)
     for grad, total in zip(unpack(grads), (grad_q.as_map(), grad_k, grad_v), strict=True):
         grad.copy_(total.view(grad.shape))
     return None if rpb is None or grad_rpb is None else grad_rpb.to(rpb.dtype).view(rpb.shape)
@@ -147,53 +143,27 @@ class Call:
         hides = rpb is not None and (rpb.device.type != "cpu" or bool(rpb.isneginf().any()))
         self.softmax = torch._safe_softmax if hides else torch.softmax
         tile = tile or choose_tile(geometry, self.batch, self.heads, query.dtype, query.device.type)
-        self.classes = classes_of(geometry, tile, query.device, len(qkv) == 1)
-        self.is_whole, self.is_packed = self.classes[0].is_whole, self.classes[0].is_packed
+        self.cut = cut_of(geometry, tile, query.device, self.batch, self.heads)
+        self.is_whole = self.cut.classes[0].is_whole
         # Gathered from where they are: a part of a packed tensor is strided, and torch would copy it whole first.
+        self.is_packed = len(qkv) == 1 and not self.is_whole
         packed = self.tokens(qkv[0]) if self.is_packed else None
         self.q, self.k, self.v = (self.tokens(x) if packed is None else packed for x in (query, key, value))
-        self.first_tokens = torch.arange(0, self.batch * geometry.num_tokens, geometry.num_tokens, device=query.device)
-
-    def groups(self, tiles: TiledClass) -> Iterator[Group]:
-        """Splits a class so that the scores of a group stay within SCORES_AT_ONCE."""
-        for bases in tiles.split(self.batch * self.heads, SCORES_AT_ONCE):
-            yield Group(tiles, *bases)
 
     def tokens(self, x: Tensor) -> Tensor:
         """`[batch * slots, heads, dim]`, contiguous to gather from: from its first axis torch does so on all cores."""
         x = x.reshape(-1, *x.shape[-2:])
         return x if self.is_whole else x.contiguous()
 
-    def slots(self, base: Tensor, offsets: Tensor, packed: int = 1) -> Tensor:
-        """Where tokens of tiles lie among those of all batch items, in a tensor that packs so many parts of each.
-
-        `[batch * tiles * cells]`; offsets count in slots, bases in tokens.
-        """
-        base = (self.first_tokens[:, None] + base).view(-1) if self.batch > 1 else base
-        base = base if packed == 1 else packed * base
-        return (base[:, None] + offsets).view(-1)
-
     def tiles(self, group: Group) -> tuple[Tensor, Tensor, Tensor]:
         """The group's queries, keys and values."""
-        tiles, (q, k, v) = group.tiles, group.tiles.packed
-        rows, columns = len(tiles.rows), len(tiles.columns)
-        if self.is_packed:
-            q_slots, k_slots, v_slots = (
-                self.slots(base, offsets, packed=3)
-                for base, offsets in ((group.row_base, q), (group.col_base, k), (group.col_base, v))
-            )
-        else:
-            q_slots = self.slots(group.row_base, tiles.rows)
-            k_slots = v_slots = self.slots(group.col_base, tiles.columns)
-        return (
-            self.take(self.q, q_slots, rows),
-            self.take(self.k, k_slots, columns),
-            self.take(self.v, v_slots, columns),
-        )
+        rows, columns = len(group.tiles.rows), len(group.tiles.columns)
+        q, k, v = group.packed if self.is_packed else (group.rows, group.columns, group.columns)
+        return self.take(self.q, q, rows), self.take(self.k, k, columns), self.take(self.v, v, columns)
 
     def take_rows(self, x: Tensor, group: Group) -> Tensor:
         """What `[batch * tokens, heads, dim]` holds of the group's rows."""
-        return self.take(x, self.slots(group.row_base, group.tiles.rows), len(group.tiles.rows))
+        return self.take(x, group.rows, len(group.tiles.rows))
 
     def take(self, x: Tensor, slots: Tensor, cells: int) -> Tensor:
         """Tiles `[batch * tiles, key heads, group * cells, dim]`."""
@@ -216,12 +186,12 @@ class Call:
         if self.is_whole:
             out += columns
         else:
-            out.flatten(1).index_add_(0, self.slots(group.col_base, group.tiles.columns), columns.flatten(1))
+            out.flatten(1).index_add_(0, group.columns, columns.flatten(1))
 
-    def table(self, tiles: TiledClass) -> Tensor:
+    def table(self, part: Part) -> Tensor:
         """What to add to the logits of a class, `[heads or 1, rows, columns]`."""
-        table = bias.table(self.rpb, tiles.pair_index(), self.geometry.num_offsets, self.dtype)
-        return table.view(len(table), len(tiles.rows), len(tiles.columns))
+        table = bias.table(self.rpb, part.pair_index, self.geometry.num_offsets, self.dtype)
+        return table.view(len(table), len(part.tiles.rows), len(part.tiles.columns))
 
     def mask(self, table: Tensor) -> Tensor:
         """A table as tiles take it, `[1, key heads or 1, group * rows, columns]`: SDPA's fast path wants 4-D."""
@@ -256,65 +226,17 @@ class Rows:
         self.slots: list[Tensor] = []
 
     def add(self, tile: Tensor, group: Group) -> None:
-        rows = group.tiles.rows
-        self.tiles.append(self.call.unfold(tile, len(rows)))
-        self.slots.append(self.call.slots(group.row_base, rows))
+        self.tiles.append(self.call.unfold(tile, len(group.tiles.rows)))
+        self.slots.append(group.rows)
 
     def as_map(self) -> Tensor:
         """`[batch, *shape, heads, dim]`."""
         call = self.call
         x = self.tiles[0] if len(self.tiles) == 1 else torch.cat(self.tiles)
         if not call.is_whole:
-            slots = torch.cat(self.slots)
-            # Gathering rows is many times quicker than scattering them, and the inverse of the slots costs little.
-            x = x.index_select(0, torch.empty_like(slots).scatter_(0, slots, torch.arange(len(slots), device=x.device)))
+            # Gathering rows is many times quicker than scattering them.
+            x = x.index_select(0, call.cut.order(self.slots))
         return x.contiguous().view(call.batch, *call.geometry.shape, *x.shape[1:])
-
-
-@dataclass(frozen=True, eq=False)
-class TiledClass(DeviceTiles):
-    """A tile class with its bias indices, and where its tokens lie in packed tensors."""
-
-    packed: tuple[Tensor, Tensor, Tensor]  # offsets of queries [R], keys [S] and values [S] in a tensor that packs them
-    axis_indices: list[Tensor]  # what each axis adds to the bias index of a pair
-    num_offsets: int
-    is_whole: bool  # one tile holds all tokens in their order: nothing to gather
-    is_packed: bool  # query, key and value are gathered out of one tensor
-
-    def pair_index(self) -> Tensor:
-        """Bias index of every pair, `[R * S]`."""
-        return bias.pair_index(self.axis_indices, self.num_offsets)
-
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """Some tiles of one class, in every batch item."""
-
-    tiles: TiledClass
-    row_base: Tensor
-    col_base: Tensor
-
-
-@lru_cache(maxsize=128)
-def classes_of(geometry: Geometry, tile: tuple[int, ...], device: torch.device, is_packed: bool) -> list[TiledClass]:
-    """The tile classes of a plan on a device."""
-    return [_tiled_class(c, device, is_packed) for c in Plan(geometry, tile).classes]
-
-
-def _tiled_class(c: TileClass, device: torch.device, is_packed: bool) -> TiledClass:
-    rows, columns, row_base, col_base = vectors_of(c, device)
-    is_whole = len(rows) == c.geometry.num_tokens and bool((np.diff(c.rows) == 1).all())
-    return TiledClass(
-        rows,
-        columns,
-        row_base,
-        col_base,
-        packed=(3 * rows, 3 * columns + 1, 3 * columns + 2),
-        axis_indices=bias.axis_indices(c, device),
-        num_offsets=c.geometry.num_offsets,
-        is_whole=is_whole,
-        is_packed=is_packed and not is_whole,
-    )
 
 
 def choose_tile(

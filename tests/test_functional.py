@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import dinat_triton as dt
-from dinat_triton import tiled
+from dinat_triton import tile_groups, tiled
 from tests.oracles import sampling
 from tests.oracles.cases import NA, check, hide, make_case
 
@@ -55,7 +55,9 @@ def test_tiles_of_any_size_give_the_same_answer(rank: int, monkeypatch: pytest.M
     for sample in sampling.samples(20, seed=rank, ranks=(rank,), max_tokens=60):
         tile = tuple(rng.randint(1, n) for n in sample.shape)
         monkeypatch.setattr(tiled, "choose_tile", lambda *_, tile=tile: tile)
-        monkeypatch.setattr(tiled, "SCORES_AT_ONCE", rng.choice([1, 50, 1 << 20]))
+        monkeypatch.setattr(tile_groups, "SCORES_AT_ONCE", rng.choice([1, 50, 1 << 20]))
+        monkeypatch.setattr(tile_groups, "KEPT_TOKENS", rng.choice([0, 1 << 12]))
+        tile_groups.cut_of.cache_clear()
         case = make_case(sample, rng, scale=0.3, dropout_p=rng.choice([0.0, 0.4]))
         check(case, torch.float64, 1e-12, "tiled")
 
