@@ -2,6 +2,7 @@
 
 import warnings
 
+from dinat_triton import flops  # noqa: F401  (registers what the ops count as)
 from dinat_triton.dispatch import use_backend
 from dinat_triton.functional import na1d, na2d, na3d
 from dinat_triton.geometry import Geometry

@@ -1,0 +1,104 @@
+"""Floating-point operations of the ops, counted by `torch.utils.flop_counter.FlopCounterMode`.
+
+Counted is what the definition asks for, as torch counts its own attention: two products over the pairs that attend, and
+five in the backward, which computes the scores anew. With `FlopCounterMode(custom_mapping=EVALUATED)` it is what the
+plan of the call evaluates: whole tiles, padding and masked pairs included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from dinat_triton import ops, tiled  # noqa: F401  (ops defines what is counted)
+from dinat_triton.geometry import Geometry, geometry_of
+from dinat_triton.plan import Plan
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the work of a call depends on."""
+
+    geometry: Geometry
+    batch: int
+    heads: int
+    kv_heads: int
+    dim: int
+    value_dim: int
+
+    @classmethod
+    def of(cls, shapes: list[torch.Size], window: list[int]) -> Sizes:
+        """Those of query, key and value, or of the tensor that packs them."""
+        query, key, value = shapes if len(shapes) == 3 else 3 * [shapes[0][:-3] + shapes[0][-2:]]
+        geometry = geometry_of(tuple(query[1:-2]), tuple(window))
+        return cls(geometry, query[0], query[-2], key[-2], query[-1], value[-1])
+
+    def flops(self, scores: int, over_dim: int, over_value_dim: int) -> int:
+        """Of so many products over the channels of keys and of values, for so many scores of one map."""
+        return 2 * self.batch * self.heads * scores * (over_dim * self.dim + over_value_dim * self.value_dim)
+
+
+@register_flop_formula(torch.ops.dinat_triton.fused)
+def useful(qkv, rpb, seed, window, *options, **others) -> int:
+    """The forward, as it is defined."""
+    sizes = Sizes.of(qkv, window)
+    return sizes.flops(sizes.geometry.num_pairs, 1, 1)
+
+
+@register_flop_formula(torch.ops.dinat_triton.fused_backward)
+def useful_backward(qkv, rpb, seed, out, lse, grad_out, grad_lse, window, *options, **others) -> int:
+    """The backward, as it is defined."""
+    sizes = Sizes.of(qkv, window)
+    return sizes.flops(sizes.geometry.num_pairs, 3, 2)
+
+
+# Products over channels of keys and of values, by the form of a kernel.
+PRODUCTS = {"forward": (1, 1), "closed_backward": (3, 2), "query_backward": (2, 1), "key_backward": (2, 2)}
+
+
+def evaluated(qkv, rpb, seed, window, *options, **others) -> int:
+    """The forward, as its plan evaluates it."""
+    return _evaluated(qkv, rpb, window, options[-1], is_backward=False)
+
+
+def evaluated_backward(qkv, rpb, seed, out, lse, grad_out, grad_lse, window, *options, **others) -> int:
+    """The backward, as its plans evaluate it."""
+    return _evaluated(qkv, rpb, window, options[-1], is_backward=True)
+
+
+def _evaluated(qkv: list[Tensor], rpb: Tensor | None, window: list[int], backend: str, is_backward: bool) -> int:
+    sizes = Sizes.of([x.shape for x in qkv], window)
+    if backend == "tiled":
+        tile = tiled.choose_tile(sizes.geometry, sizes.batch, sizes.heads, qkv[0].dtype, qkv[0].device.type)
+        scores = Plan(sizes.geometry, tile).cost().scores
+        return sizes.flops(scores, *PRODUCTS["closed_backward" if is_backward else "forward"])
+    sweeps = _kernel_sweeps(sizes, qkv[0], rpb is not None, is_backward)
+    return sum(sizes.flops(plan.cost().scores, *products) for plan, products in sweeps)
+
+
+def _kernel_sweeps(
+    sizes: Sizes, query: Tensor, has_bias: bool, is_backward: bool
+) -> Iterator[tuple[Plan, tuple[int, int]]]:
+    """The plan of every launch of the Triton kernels, and its products."""
+    from dinat_triton.kernels.schedule import has_closed_backward, plan_of, problem_of
+
+    counts = (sizes.batch, sizes.heads, sizes.kv_heads, sizes.dim, sizes.value_dim)
+    tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    problem = problem_of(sizes.geometry, *counts, query.dtype, query.device, tf32)
+    names: tuple[str, ...] = ("forward",)
+    if is_backward:
+        names = ("closed_backward",) if has_closed_backward(problem) else ("query_backward", "key_backward")
+    for name in names:
+        plan = plan_of(problem, name)
+        yield plan, PRODUCTS[name]
+        if name == "query_backward" and has_bias and plan.largest[1] > plan.chunk:
+            yield plan, (1, 1)  # a pass of its own for the gradient of the bias
+
+
+EVALUATED = {torch.ops.dinat_triton.fused: evaluated, torch.ops.dinat_triton.fused_backward: evaluated_backward}
+for formula in EVALUATED.values():
+    formula._get_raw = True  # type: ignore[attr-defined]  # they read tensors, not their shapes: configs go by dtype
