@@ -21,6 +21,7 @@ COMMANDS = {
     "inspect": "compile the Triton kernels for any GPU, without one, and judge them",
     "plot": "draw neighborhoods, receptive fields, plans and attention",
     "roofline": "draw every layer against what the machine allows",
+    "run": "run a script that has the models in timm and transformers' DiNAT repaired",
     "tune": "search the fastest tiles and launch options for this machine",
 }
 

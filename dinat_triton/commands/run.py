@@ -1,0 +1,32 @@
+"""`dinat-triton run`: a script with the models in timm and transformers' DiNAT repaired, in all its processes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import runpy
+import sys
+import traceback
+from pathlib import Path
+
+STARTUP = Path(__file__).parents[1] / "startup"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("script", help="a Python file")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the script")
+
+
+def run(args: argparse.Namespace) -> int:
+    if not Path(args.script).is_file():
+        raise ValueError(f"SCRIPT must be a Python file, got {args.script!r}")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(STARTUP), *filter(None, [os.environ.get("PYTHONPATH")])])
+    runpy.run_path(str(STARTUP / "sitecustomize.py"))  # this process started without it
+    sys.argv = [args.script, *args.arguments]
+    sys.path[0] = str(Path(args.script).absolute().parent)  # as Python itself has it for a script
+    try:
+        runpy.run_path(args.script, run_name="__main__")
+    except Exception:  # it is the script's own, so the command line must not shorten it
+        traceback.print_exc()
+        return 1
+    return 0
