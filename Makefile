@@ -34,7 +34,7 @@ demo: $(VENV)/made ## what runs here, checked against float64 and timed side by 
 	@echo "== Naming what a picture shows with dinat_mini; without a network its weights are random, and it says so"
 	@$(BIN)/dinat-triton classify --or-random
 
-test: $(VENV)/natten ## the tests, under 10 minutes on two cores
+test: $(VENV)/natten ## the tests, under 6 minutes on two cores
 	@echo "== Running the tests: two processes, one thread each"
 	@$(QUIET) $(BIN)/python -m pytest -n 2 --ignore=tests/kernels
 	@echo "== Running the Triton kernels under the interpreter"
@@ -58,7 +58,7 @@ lint: $(VENV)/made ## ruff and mypy
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: $(VENV)/natten ## the benchmarks of this machine's CPU and the figures of the README, under 10 minutes on two cores
+bench: $(VENV)/natten ## the benchmarks of this machine's CPU and the figures of the README, under 6 minutes on two cores
 	@echo "== Layers side by side with their peers, most of the time to compile FlexAttention"
 	@$(BIN)/dinat-triton bench cpu
 	@echo "== Whole models side by side with timm's"

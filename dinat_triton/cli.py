@@ -19,12 +19,12 @@ COMMANDS = {
     "demo": "check and time every backend that runs here",
     "explore": "play with windows, plans and receptive fields in the browser",
     "inspect": "compile the Triton kernels for any GPU, without one, and judge them",
+    "models": "list the published models and their weights",
     "plot": "draw neighborhoods, receptive fields, plans and attention",
     "roofline": "draw every layer against what the machine allows",
     "run": "run a script that has the models in timm and transformers' DiNAT repaired",
     "tune": "search the fastest tiles and launch options for this machine",
 }
-
 
 # Those that run for hours and need neither torch nor timm, which take most of a gigabyte.
 LIGHT = {"explore"}
@@ -38,20 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     if argv is None and LIGHT.intersection(sys.argv[1:2]) and "torch" in sys.modules and os.name == "posix":
         os.execv(sys.executable, [sys.executable, "-P", str(Path(__file__).with_name("light.py")), *sys.argv[1:]])
-    parser = argparse.ArgumentParser(
-        prog="dinat-triton", description="Dilated neighborhood attention without a CUDA build."
-    )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    argv = sys.argv[1:] if argv is None else argv
-    named = next((a for a in argv if not a.startswith("-")), None)
-    for name, summary in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
-        if name == named:
-            command = import_module(f"dinat_triton.commands.{name}")
-            command.configure(subparser)
-            subparser.set_defaults(run=command.run)
-    args = parser.parse_args(argv)
+    args = parse(sys.argv[1:] if argv is None else argv)
     try:
         code = args.run(args)
         sys.stdout.flush()
@@ -65,6 +52,23 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Reads a command line; `run` is the command."""
+    parser = argparse.ArgumentParser(
+        prog="dinat-triton", description="Dilated neighborhood attention without a CUDA build."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    named = next((a for a in argv if not a.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name == named:
+            command = import_module(f"dinat_triton.commands.{name}")
+            command.configure(subparser)
+            subparser.set_defaults(run=command.run)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
