@@ -32,6 +32,8 @@ SOURCES = (
     "candidates.py",
     *(f"kernels/{name}.py" for name in ("forward", "backward", "primitives", "layout", "schedule", "configs")),
 )
+# Architectures whose kernels differ from another's in the shared memory that they may use alone share its table.
+LIKE = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_120": "sm_80"}
 PASSES = ("forward", "closed_backward", "query_backward", "key_backward")
 # One loaded token of one head weighs as much as this many scores per channel byte: the cache's bandwidth against the
 # rate of exponentials, on the data-center GPUs alike.
@@ -168,7 +170,7 @@ def load_user_table(device: str) -> dict[str, Config]:
 @lru_cache
 def load_table(architecture: str) -> dict[str, Config]:
     """The shipped table, empty where there is none; one that cannot be read is ignored with a warning."""
-    path = TABLES / f"{architecture}.json"
+    path = TABLES / f"{LIKE.get(architecture, architecture)}.json"
     if not path.exists():
         return {}
     try:

@@ -11,21 +11,27 @@ import torch
 import triton
 
 from dinat_triton import cli
-from dinat_triton.kernels import configs
-from dinat_triton.kernels.configs import PASSES, Config, choose_config, load_table, rule
-from dinat_triton.layers import layers_of
+from dinat_triton.kernels import configs, prepare
+from dinat_triton.kernels.configs import PASSES, Config, choose_config, forget_tables
+from dinat_triton.layers import Layer, layers_of
+from dinat_triton.offline.assembly import Code, exchange, loop_lengths
 from dinat_triton.offline.estimate import estimate, record
-from dinat_triton.offline.inspect import Code, Launch, Report, complaints, distinct, exchange, inspect, loop_lengths
+from dinat_triton.offline.inspect import Report, Variant, complaints, inspect
 from dinat_triton.offline.targets import TARGETS
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernels are interpreted")
 
 GATED = ("sm_80", "sm_90", "sm_100", "gfx942")
-DENSE, SLIDING = (next(x for x in layers_of("dinat_mini@224") if x.name == f"224/56x56-d{d}") for d in (8, 1))
+SLIDING, DENSE = layers_of("dinat_mini@224", batch=128)[:2]
+
+
+def forward_of(layer: Layer, arch: str, dtype: torch.dtype = torch.bfloat16) -> Variant:
+    variants, _ = record(layer, TARGETS[arch], dtype)
+    return next(variant for variant in variants if variant.name == "forward")
 
 
 def run_inspect(*arguments: str, out: Path) -> tuple[int, list[dict[str, Any]]]:
-    code = cli.main(["inspect", *arguments, "--jobs", "2", "--json", str(out)])
+    code = cli.main(["inspect", *arguments, "--jobs", "2", "--out", str(out), "--force"])
     return code, json.loads(out.read_text())["studies"]
 
 
@@ -64,20 +70,18 @@ def test_hopper_multiplies_with_wgmma(gate: tuple) -> None:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_the_bias_goes_from_memory_straight_into_the_accumulator(arch: str) -> None:
     """Shared memory holds queries, keys and values, and no tile of scores on its way to other threads."""
-    launches, _ = record(SLIDING, TARGETS[arch], torch.bfloat16, 128)
-    forward = next(launch for launch in launches if launch.name == "forward")
+    forward = forward_of(SLIDING, arch)
     rows, chunk = forward.constants["ROWS"], forward.constants["CHUNK"]
     loaded = rows + forward.options["num_stages"] * 2 * chunk
-    assert one_report(forward, arch).shared <= 1.1 * loaded * 32 * 2
+    assert inspect(forward, TARGETS[arch]).shared <= 1.1 * loaded * 32 * 2
 
 
 def test_float32_on_rdna_is_shared_out_among_warps() -> None:
     """Its matrix units do not take float32, so the 16 rows of a tile are no limit."""
-    launches, _ = record(SLIDING, TARGETS["gfx1100"], torch.float32, 16)
-    forward = next(launch for launch in launches if launch.name == "forward")
+    forward = forward_of(replace(SLIDING, batch=16), "gfx1100", torch.float32)
     assert forward.constants["ROWS"] == 16
     assert forward.options["num_warps"] == 4
-    assert not one_report(forward, "gfx1100").complaints
+    assert not inspect(forward, TARGETS["gfx1100"]).complaints
 
 
 @pytest.mark.parametrize("arch", GATED)
@@ -109,14 +113,9 @@ def test_all_other_head_dims(arch: str, dtype: str, tmp_path: Path) -> None:
 # Whether the gate would notice
 
 
-def one_report(launch: Launch, arch: str = "sm_90") -> Report:
-    return inspect(launch, TARGETS[arch])
-
-
 @pytest.fixture(scope="module")
 def forward_report() -> Report:
-    launches, _ = record(DENSE, TARGETS["sm_90"], torch.bfloat16, 128)
-    return one_report(next(x for x in launches if x.name == "forward"))
+    return inspect(forward_of(DENSE, "sm_90"), TARGETS["sm_90"])
 
 
 def test_a_config_that_spills_is_reported(
@@ -128,12 +127,12 @@ def test_a_config_that_spills_is_reported(
     monkeypatch.setattr(configs, "TABLES", tmp_path)
     arguments = ("--pass", "closed_backward", "--layers", "dinat_mini@224")
     try:
-        for cache in (choose_config, load_table):
-            cache.cache_clear()
+        forget_tables()
+        prepare.forget()
         code, studies = run_inspect(*arguments, out=tmp_path / "found.json")
     finally:
-        for cache in (choose_config, load_table):
-            cache.cache_clear()
+        forget_tables()
+        prepare.forget()
     assert code == 1
     assert any("spills" in c for kernel in studies[0]["kernels"] for c in kernel["complaints"])
     assert "! closed_backward 64x64 w1 s1 spills" in capsys.readouterr().out
@@ -161,28 +160,23 @@ def test_other_gpus_and_small_tiles_need_no_wgmma(forward_report: Report) -> Non
 # How it finds out
 
 
-def test_launches_are_those_of_the_backend() -> None:
-    launches, steps = record(SLIDING, TARGETS["sm_90"], torch.bfloat16, 128)
-    names = [launch.name for launch in launches]
+def test_variants_are_those_of_the_backends_launches() -> None:
+    driver = triton.runtime.driver._active
+    variants, steps = record(SLIDING, TARGETS["sm_90"], torch.bfloat16)
+    names = [variant.name for variant in variants]
     assert names[:2] == ["table", "forward"]
     assert {"query_backward", "sum_programs", "fold_bias", "key_backward"} <= set(names)
     assert [step.name for step in steps] == [name for name in names if name in PASSES]
     config = choose_config("forward", 32, 16, "sm_90")
-    forward = steps[0].launch
+    forward = steps[0].variant
     assert forward.constants["HAS_BIAS"]
     assert not forward.constants["ONE_CHUNK"]
     assert forward.constants["ROWS"] <= config.rows
     assert forward.options["num_stages"] == config.stages
     assert forward.options["enable_fp_fusion"]
-    assert len(distinct(launches)) < len(launches)
-
-
-def test_recording_leaves_no_trace() -> None:
-    driver = triton.runtime.driver._active
-    record(DENSE, TARGETS["gfx942"], torch.bfloat16, 1)
+    # And nothing stays changed.
     assert triton.runtime.driver._active is driver
     assert triton.knobs.runtime.jit_cache_hook is None
-    assert torch.version.hip is None
 
 
 def test_loops_are_found_by_their_branches() -> None:
@@ -215,7 +209,7 @@ def test_what_instructions_exchange_through_shared_memory(instruction: str, move
 
 def test_an_estimate_is_the_work_over_the_rates(forward_report: Report) -> None:
     target = TARGETS["sm_90"]
-    _, steps = record(DENSE, target, torch.bfloat16, 128)
+    _, steps = record(DENSE, target, torch.bfloat16)
     step = next(s for s in steps if s.name == "forward")
     limits = step.limits(forward_report, target)
     tokens = 128 * 2 * 56 * 56
@@ -223,34 +217,5 @@ def test_an_estimate_is_the_work_over_the_rates(forward_report: Report) -> None:
     scores = 64 / 49 * 64 * tokens
     assert limits["exps"] == pytest.approx(scores / target.exps)
     assert limits["products"] == pytest.approx(2 * 2 * scores * 32 / target.products)
-    found = estimate([step], {step.launch: forward_report}, target)[0]
+    found = estimate([step], {step.variant: forward_report}, target)[0]
     assert math.isclose(found["best_us"], 1e6 * max(limits.values()))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--dim", "300"], "--dim between 1 and 256"),
-        (["--jobs", "0"], "at least 1"),
-        (["--layers", "dinat_mini@225"], "layers must be one of"),
-    ],
-)
-def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
-    assert cli.main(["inspect", *arguments]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_an_unknown_architecture_is_refused(capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["inspect", "--arch", "sm_77"])
-    assert "sm_77" in capsys.readouterr().err
-
-
-def test_the_interpreter_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
-    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
-        record(DENSE, TARGETS["sm_90"], torch.bfloat16, 1)
-
-
-def test_the_rule_is_known_for_every_pass() -> None:
-    assert all(isinstance(rule(name, 32, 16), Config) for name in PASSES)

@@ -1,8 +1,8 @@
-"""What the supported GPUs allow, and how fast they are at best: for whatever plans without one."""
+"""GPUs by their vendors' figures: the room and the rates of each, for offline planning."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from triton.backends.compiler import GPUTarget
 
@@ -22,10 +22,12 @@ class Target:
         registers: 32-bit registers of a multiprocessor; a thread's share is counted in steps of eight.
         memory: Bytes per second that a copy reaches.
         cache: Bytes per second out of L2.
-        products: 16-bit multiply-adds of the matrix units count twice, per second.
+        products: 16-bit matrix FLOP/s.
         products32: The same in float32, without matrix units.
-        exps: Base-2 exponentials per second.
-        issues: Instructions per second, of a warp each.
+        exps_per_clock: Base-2 exponentials of a multiprocessor.
+        nearest_per_clock: Bytes of its L1 cache.
+        issues_per_clock: Its instructions, of a warp each.
+        device: The name of a GPU that is here.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Target:
     nearest_per_clock: int = 128
     issues_per_clock: int = 4
     registers: int = 65536
+    device: str = ""
 
     @property
     def is_amd(self) -> bool:
@@ -73,7 +76,7 @@ class Target:
 
     @property
     def architecture(self) -> Architecture:
-        return Architecture(self.name, self.shared, self.multiprocessors)
+        return Architecture(self.name, self.shared, self.multiprocessors, self.device)
 
 
 # Vendors' figures; memory at nine tenths of them, as copies reach; caches as microbenchmarks publish them.
@@ -104,3 +107,18 @@ def find_target(name: str) -> Target:
     if name not in TARGETS:
         raise ValueError(f"arch must be one of {', '.join(TARGETS)}, got {name!r}")
     return TARGETS[name]
+
+
+def target_of(architecture: Architecture) -> Target:
+    """The GPU that is here; one that is not in the table gets its nearest relative's rates."""
+    family = sorted((t for t in TARGETS.values() if t.is_amd == architecture.is_amd), key=lambda t: _generation(t.name))
+    older = [t for t in family if _generation(t.name) <= _generation(architecture.name)]
+    nearest = older[-1] if older else family[0]
+    return replace(
+        nearest, name=architecture.name, shared=architecture.shared_memory,
+        multiprocessors=architecture.multiprocessors, device=architecture.device,
+    )  # fmt: skip
+
+
+def _generation(name: str) -> int:
+    return int(name.removeprefix("sm_").removeprefix("gfx"), 16)
