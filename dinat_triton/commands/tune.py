@@ -7,50 +7,68 @@ import datetime
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import astuple, dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dinat_triton.commands.inspect import ARCHITECTURES, DTYPES
+from dinat_triton.commands.options import (
+    ARCHITECTURES,
+    BATCH_HELP,
+    DTYPES,
+    LAYERS_HELP,
+    add_out,
+    check_dims,
+    check_names,
+    check_positive,
+    find_device,
+    find_layers,
+    split,
+)
+from dinat_triton.commands.tables import table
+from dinat_triton.files import check_target, replacing
+
+if TYPE_CHECKING:
+    from dinat_triton.layers import Layer
+    from dinat_triton.offline.targets import Target
+    from dinat_triton.store import Table
+    from dinat_triton.tuner.search import Budget, Found, Row
 
 DEFAULT_ARCH = "sm_90"
-# By what is tuned: dtype and images in a batch; maps of detection are large, and come an eighth as many at a time.
+# By what is tuned: dtype and images.
 DEFAULTS = {"cpu": ("float32", 1), "gpu": ("bfloat16", 128)}
+CONFIG = ("rows", "chunk", "one", "warps", "stages", "programs", "regs")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--layers", nargs="+", default=["dinat_mini@224"], metavar="MODEL@SETTING[:LAYER]",
-                        help="what to tune, such as dinat_mini@224, coco, or dinat_large@384:24x24*; only whole "
-                        "settings also decide for layers that are not named (default: dinat_mini@224)")  # fmt: skip
+    parser.add_argument("--layers", nargs="+", default=["dinat_mini@224"], metavar="LAYERS",
+                        help=f"{LAYERS_HELP}; only whole settings also decide for layers that are not named "
+                        "(default: dinat_mini@224)")  # fmt: skip
     parser.add_argument("--dtype", help=f"of {', '.join(DTYPES)} (default: bfloat16 on GPUs, float32 on CPUs)")
     parser.add_argument("--dim", type=int, nargs="+", default=[32], help="head dims (default: 32)")
-    parser.add_argument("--batch", type=int, help="images at a time (default: 128 on GPUs, 1 on CPUs)")
+    parser.add_argument("--batch", type=int, help=f"{BATCH_HELP} (default: 128 on GPUs, 1 on CPUs)")
     parser.add_argument("--budget", type=float, default=60, metavar="SECONDS",
                         help="after which the best found so far is kept (default: 60)")  # fmt: skip
     parser.add_argument("--device", help="cuda: kernels on the GPU here; cpu: tiles of the `tiled` backend "
                         "(default: cuda if there is one, else cpu and the model of --arch)")  # fmt: skip
-    parser.add_argument("--arch", nargs="+", metavar="ARCH",
+    parser.add_argument("--arch", nargs="+", default=[], metavar="ARCH",
                         help=f"kernels by a model of GPUs elsewhere, of {', '.join(ARCHITECTURES)}; nothing is "
                         f"measured (default without a GPU: {DEFAULT_ARCH})")  # fmt: skip
-    parser.add_argument("--export", type=Path, metavar="FILE",
-                        help="write the configs as the package ships them; a folder takes more than one "
-                        "architecture")  # fmt: skip
+    add_out(parser, "write the configs as the package ships them, too, as .json; a folder takes several architectures")
     parser.add_argument("--jobs", type=int, default=min(16, os.cpu_count() or 1), help="compilers side by side")
     parser.add_argument("--dry-run", action="store_true", help="write nothing")
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns 1 if the budget was too small for a single layer."""
-    from dinat_triton.tuner.search import Budget
+    from dinat_triton.tuner.search import Budget, shared_out
 
-    budget = Budget(args.budget)
-    parts = parts_of(args)
-    reached = False
-    for number, part in enumerate(parts):
-        share = budget.share(1 / (len(parts) - number))
-        reached |= _tune_tiles(args, part, share) if part.what == "cpu" else _tune_kernels(args, part, share)
+    budget, reached = Budget(args.budget), False
+    for part, share in shared_out(budget, parts_of(args)):
+        search = _tune_tiles if part.what == "cpu" else _tune_kernels
+        reached |= bool(search(args, part, share).rows)
     if not reached:
         print("Nothing was tuned: a larger --budget is needed", file=sys.stderr)
     return int(not reached)
@@ -63,45 +81,31 @@ class Part:
     what: str
     dim: int
     dtype: str
-    works: tuple[Any, ...]
+    layers: tuple[Layer, ...]
     whole: bool  # whole settings were named, not single layers
 
 
 def parts_of(args: argparse.Namespace) -> list[Part]:
     """What there is to do, after all arguments were checked."""
-    from dinat_triton.bench.selection import check_names, find_layers, split
-    from dinat_triton.tuner.search import Work, merged
+    from dinat_triton.tuner.search import merged
 
-    for name in ("jobs", "batch"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
-    if not all(1 <= dim <= 256 for dim in args.dim):
-        raise ValueError(f"--dim must be between 1 and 256, got {' '.join(map(str, args.dim))}")
+    check_positive(args, "jobs", "batch")
+    check_dims(args.dim)
     check_names("dtype", [args.dtype] if args.dtype else [], DTYPES)
     whats = _whats(args)
-    layers = find_layers(args.layers)
+    _check_out(args, [what for what in whats if what != "cpu"])
     whole = not any(":" in word for word in split(args.layers))
     parts = []
     for what in whats:
-        default_dtype, default_batch = DEFAULTS["cpu" if what == "cpu" else "gpu"]
-        batch = args.batch or default_batch
+        dtype, batch = DEFAULTS["cpu" if what == "cpu" else "gpu"]
         for dim in args.dim:
-            works = merged(
-                Work(
-                    replace(layer, dim=dim), max(1, batch // (8 if layer.name.startswith("coco/") else 1)), layer.count
-                )
-                for _, layer in layers
-            )
-            parts.append(Part(what, dim, args.dtype or default_dtype, tuple(works), whole))
-    _check_export(args, [what for what in whats if what != "cpu"])
+            layers = merged(find_layers(args.layers, dim, args.batch or batch))
+            parts.append(Part(what, dim, args.dtype or dtype, tuple(layers), whole))
     return parts
 
 
 def _whats(args: argparse.Namespace) -> list[str]:
-    from dinat_triton.bench.selection import check_names, find_device
-
-    check_names("arch", args.arch or [], ARCHITECTURES)
+    check_names("arch", args.arch, ARCHITECTURES)
     device = find_device(args.device).type
     if args.device is not None and device == "cuda" and args.arch:
         raise ValueError(
@@ -115,175 +119,136 @@ def _whats(args: argparse.Namespace) -> list[str]:
         return ["cuda"]
     if args.device is None and find_spec("triton") is not None:
         return ["cpu", DEFAULT_ARCH]
-    return ["cpu", *(args.arch or [])]
+    return ["cpu", *args.arch]
 
 
-def _check_export(args: argparse.Namespace, kernels: Sequence[str]) -> None:
-    path = args.export
+def _check_out(args: argparse.Namespace, kernels: Sequence[str]) -> None:
+    path = args.out
     if path is None:
         return
     if args.dry_run:
-        raise ValueError("--dry-run writes nothing, so there is nothing to --export")
+        raise ValueError("--dry-run writes nothing, so there is nothing for --out")
     if not kernels:
-        raise ValueError("--export writes configs of kernels, and only tiles of the CPU are tuned: give --arch as well")
+        raise ValueError("--out takes configs of kernels, and only tiles of the CPU are tuned: give --arch as well")
     if len(kernels) > 1 and not path.is_dir():
-        raise ValueError(f"--export must be a folder for {len(kernels)} architectures, got {path}")
-    if not path.is_dir() and not path.resolve().parent.is_dir():
-        raise ValueError(f"--export must name a file in a folder that exists, got {path}")
+        raise ValueError(f"--out must be a folder for {len(kernels)} architectures, got {path}")
+    for what in kernels:
+        check_target(_export(path, _target(what).name), endings=[".json"], force=args.force)
 
 
-# The kernels
+def _export(path: Path, arch: str) -> Path:
+    """The file for an architecture: the one that was named, or one in the folder that was."""
+    return path / f"{arch}.json" if path.is_dir() else path
 
 
-def _tune_kernels(args: argparse.Namespace, part: Part, budget: Any) -> bool:
+def _target(what: str) -> Target:
+    """The GPU that is here, or the one that an architecture's name stands for."""
     import torch
 
-    from dinat_triton.kernels import configs, prepare
-    from dinat_triton.offline import targets
-    from dinat_triton.tuner import configs as tune_kernels
+    from dinat_triton.kernels.configs import architecture_of
+    from dinat_triton.offline.targets import find_target, target_of
 
-    measured = part.what == "cuda"
-    dtype = getattr(torch, part.dtype)
-    options = {"general": part.whole, "jobs": args.jobs}
-    if measured:
+    if what != "cuda":
+        return find_target(what)
+    return target_of(architecture_of(torch.device("cuda", torch.cuda.current_device())))
+
+
+def _tune_kernels(args: argparse.Namespace, part: Part, budget: Budget) -> Found:
+    import torch
+
+    from dinat_triton import store
+    from dinat_triton.kernels import configs
+    from dinat_triton.tuner.kernel_search import shipped, tune_kernels
+
+    target = _target(part.what)
+    if part.what == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-        architecture = configs.architecture_of(device)
-        arch, name, source = architecture.name, architecture.device, f"measured on {architecture.device}"
+        name, source = target.device, f"measured on {target.device}"
         how = "measured here, every config checked against float64"
     else:
-        target = targets.find_target(part.what)
-        arch = name = part.what
-        source = "offline inspection"
+        device = None
+        name, source = target.name, "offline inspection"
         how = f"MODELLED after the {target.gpu}: no GPU was used, and no result checked"
-    table = configs.user_table(name)
+    entries = configs.user_table(name)
     if not args.dry_run:
-        table.check_writable()
-    print(f"{arch}, {part.dtype}, head dim {part.dim}: {how}.", flush=True)
-    if measured:
-        found = tune_kernels.tune_measured(part.works, dtype, device, architecture, budget, **options)
-    else:
-        found = tune_kernels.tune_modelled(part.works, dtype, target, budget, **options)
-    print(kernel_report(found, part))
-    if args.dry_run:
-        return bool(found.rows)
-    versions = {"triton": _version("triton"), "torch": torch.__version__}
-    about = {"source": source, "versions": versions, "date": _today()}
-    if found.entries:
-        _written(table.update(found.entries, **about))
-        configs.forget_tables()
-        prepare.forget()
-    if args.export is not None:
-        _export(args.export, arch, tune_kernels.shipped(configs.load_user_table(name)), about, measured)
-    return bool(found.rows)
+        entries.check_writable()
+    print(f"{target.name}, {part.dtype}, head dim {part.dim}: {how}.", flush=True)
+    options: dict[str, Any] = {"general": part.whole, "jobs": args.jobs}
+    found, (seen, of) = tune_kernels(part.layers, getattr(torch, part.dtype), target, budget, device, **options)
+    if seen < of:
+        found.wrong.append(f"the budget was over when {seen} of {of} configs of layers were looked at")
+    print(report(found, CONFIG))
+    about = _about(source, "triton", "torch")
+    _keep(args, found, entries, about)
+    if args.out is not None:
+        path = _export(args.out, target.name)
+        with replacing(path) as beside:
+            beside.write_text(store.dump(about, "configs", shipped(entries.read())), encoding="utf-8")
+        print(f"wrote {path}")
+    return found
 
 
-def kernel_report(found: Any, part: Part) -> str:
-    """What was found, as a table; what was rejected; what the budget left out."""
-    from dinat_triton.bench.harness import table
-
-    rows = [
-        [f"{row.work.label} {row.name}", *_compared(1e6 * row.before, 1e6 * row.after, 1),
-         *map(str, asdict(row.config).values()), "own" if row.own else ""]
-        for row in sorted(found.rows, key=lambda row: part.works.index(row.work))
-    ]  # fmt: skip
-    configs = ["rows", "chunk", "one", "warps", "stages", "programs", "regs"]
-    header = ["layer", "before us", "after us", "ratio", *configs, ""]
-    unseen, wanted = found.unseen
-    lines = [table(header, rows)] if rows else []
-    lines += [f"! rejected: {each}" for each in found.wrong]
-    if unseen:
-        lines.append(f"! the budget was over when {wanted - unseen} of {wanted} configs of layers were looked at")
-    if found.unreached:
-        lines.append(f"! the budget was over before {', '.join(work.label for work in found.unreached)}")
-    return "\n".join([*lines, _total(found.rows)])
-
-
-def _export(path: Path, arch: str, entries: Mapping[str, Any], about: Mapping[str, Any], measured: bool) -> None:
-    """Writes a table as it ships; in a folder under the architecture's name, and those of its like."""
-    from dinat_triton import store
-    from dinat_triton.tuner.configs import ALIKE
-
-    names = [arch] if measured else [arch, *ALIKE.get(arch, ())]
-    for file in [path / f"{name}.json" for name in names] if path.is_dir() else [path]:
-        file.write_text(store.dump(about, "configs", entries), encoding="utf-8")
-        _written(file)
-
-
-# The tiles
-
-
-def _tune_tiles(args: argparse.Namespace, part: Part, budget: Any) -> bool:
+def _tune_tiles(args: argparse.Namespace, part: Part, budget: Budget) -> Found:
     import torch
 
     from dinat_triton import store, tiled
-    from dinat_triton.tuner import tiles as tune_tiles
+    from dinat_triton.tuner.tile_search import report_on_model, tune_tiles
 
-    table = tiled.user_tiles()
+    entries = tiled.user_tiles()
     if not args.dry_run:
-        table.check_writable()
-    threads = torch.get_num_threads()
+        entries.check_writable()
     print(
-        f"{store.cpu_name()}, {threads} threads, {part.dtype}, head dim {part.dim}: tiles of the `tiled` backend, "
-        "measured here, every tile checked against float64.",
+        f"{store.cpu_name()}, {torch.get_num_threads()} threads, {part.dtype}, head dim {part.dim}: tiles of the "
+        "`tiled` backend, measured here, every tile checked against float64.",
         flush=True,
     )
-    found = tune_tiles.tune_tiles(part.works, getattr(torch, part.dtype), budget)
-    print(tile_report(found))
-    print(tune_tiles.report_on_model(found.samples) + "\n")
-    if found.entries and not args.dry_run:
-        about = {
-            "source": f"measured on {store.cpu_name()}",
-            "versions": {"torch": torch.__version__},
-            "date": _today(),
-        }
-        _written(table.update(found.entries, **about))
-        tiled.forget_tiles()
-    return bool(found.rows)
+    found, samples = tune_tiles(part.layers, getattr(torch, part.dtype), budget)
+    print(report(found, ["tile"]))
+    print(report_on_model(samples) + "\n")
+    _keep(args, found, entries, _about(f"measured on {store.cpu_name()}", "torch"))
+    return found
 
 
-def tile_report(found: Any) -> str:
-    from dinat_triton.bench.harness import table
+def _keep(args: argparse.Namespace, found: Found, entries: Table, about: Mapping[str, Any]) -> None:
+    """Puts what was found into the user's table, and says so."""
+    if args.dry_run:
+        print("nothing was written: this was a dry run")
+    elif found.entries:
+        print(f"wrote {entries.update(found.entries, **about)}")
 
-    rows = [
-        [row.work.label, *_compared(1e3 * row.before[0], 1e3 * row.after[0], 3),
-         *_compared(1e3 * row.before[1], 1e3 * row.after[1], 3), "x".join(map(str, row.tile)),
-         "new" if row.changed else ""]
-        for row in found.rows
-    ]  # fmt: skip
-    header = ["layer", "forward ms", "after", "ratio", "+ backward ms", "after", "ratio", "tile", ""]
-    lines = [table(header, rows)] if rows else []
-    lines += [f"! rejected: {each}" for each in found.wrong]
+
+def _about(source: str, *distributions: str) -> Mapping[str, Any]:
+    """What a table says of itself."""
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return {"source": source, "versions": {name: version(name) for name in distributions}, "date": today}
+
+
+def report(found: Found, columns: Sequence[str]) -> str:
+    """The results as a table; what was rejected; what the budget left out.
+
+    Args:
+        found: The results.
+        columns: What a choice consists of.
+    """
+    rows = []
+    for row in sorted(found.rows, key=lambda row: (row.layer.name, row.layer.batch)):
+        choice = ["x".join(map(str, row.choice))] if isinstance(row.choice, tuple) else map(str, astuple(row.choice))
+        rows.append([f"{row.layer} {row.name}", *_compared(row), *choice, "new" if row.changed else ""])
+    lines = [table(["layer", "before us", "after us", "ratio", *columns, ""], rows)] if rows else []
+    lines += [f"! {each}" for each in found.wrong]
     if found.unreached:
-        lines.append(f"! the budget was over before {', '.join(work.label for work in found.unreached)}")
+        lines.append(f"! the budget was over before {', '.join(map(str, found.unreached))}")
+    timed = [row for row in found.rows if row.before < inf]
+    before, after = (sum(row.layer.count * getattr(row, when) for row in timed) for when in ("before", "after"))
+    if after:
+        lines.append(f"All of it, each layer as often as it was named: {before / after:.3f}x as fast as before.\n")
     return "\n".join(lines)
 
 
-# Both
-
-
-def _compared(before: float, after: float, digits: int) -> list[str]:
-    if before == inf:
-        return ["rejected", f"{after:.{digits}f}", "-"]
-    return [f"{before:.{digits}f}", f"{after:.{digits}f}", f"{before / after:.2f}"]
-
-
-def _total(rows: Sequence[Any]) -> str:
-    rows = [row for row in rows if row.before < inf]
-    before, after = (sum(row.work.weight * getattr(row, when) for row in rows) for when in ("before", "after"))
+def _compared(row: Row) -> list[str]:
+    after = f"{1e6 * row.after:.1f}"
     return (
-        f"All of it, each layer as often as it was named: {before / after:.3f}x as fast as before.\n" if after else ""
+        ["rejected", after, "-"]
+        if row.before == inf
+        else [f"{1e6 * row.before:.1f}", after, f"{row.before / row.after:.2f}"]
     )
-
-
-def _written(path: Path) -> None:
-    print(f"Written to {path}")
-
-
-def _today() -> str:
-    return datetime.datetime.now(datetime.UTC).date().isoformat()
-
-
-def _version(distribution: str) -> str:
-    from importlib.metadata import version
-
-    return version(distribution)

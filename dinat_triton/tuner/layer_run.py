@@ -1,22 +1,26 @@
-"""One attention layer with its tensors on a device: run alone, forward or backward, timed, and checked."""
+"""One attention layer with its tensors on a device: checked and timed under one choice after the other."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import dinat_triton  # noqa: F401  (registers the ops)
-from dinat_triton.bench import harness
 from dinat_triton.layers import Layer
+from dinat_triton.tuner.search import Rejection
 
 # Bytes that the reference's gathered keys and values may take; the truth of a larger layer is the tiled backend's.
 ROOM = {"cpu": 1 << 29, "cuda": 1 << 32}
 FLOAT32_ERROR = 1e-5
+# Seconds for each time that is taken.
+SECONDS = 0.03
 
 
 @contextmanager
@@ -39,76 +43,101 @@ def errors(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str
     }
 
 
+def first_line(error: BaseException) -> str:
+    text = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {text}"[:200]
+
+
 class LayerRun:
     """A training step's attention on a packed qkv, as in the models.
 
     Args:
         layer: The layer.
-        batch: Images.
         dtype: Of all tensors, the bias among them.
         device: Where.
-        backend: The implementation, `triton` or `tiled`.
+        backend: The module of the backend, `tiled` or `kernels.attention`.
+        given: The arguments by which the backend takes a choice.
     """
 
-    def __init__(self, layer: Layer, batch: int, dtype: torch.dtype, device: torch.device, backend: str):
-        self.layer, self.batch, self.dtype, self.device, self.backend = layer, batch, dtype, device, backend
-        rank = len(layer.shape)
-        self.window = [*layer.kernel_size, *[1] * rank, *layer.dilation, *[0] * rank]
+    def __init__(
+        self,
+        layer: Layer,
+        dtype: torch.dtype,
+        device: torch.device,
+        backend: ModuleType,
+        given: Callable[[Any], dict[str, Any]],
+    ):
+        self.layer, self.dtype, self.device, self.backend, self.given = layer, dtype, device, backend, given
+        self.fixed = (layer.geometry, layer.dim**-0.5, 0.0)
         generator = torch.Generator(device).manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-        self.qkv = normal(batch, *layer.shape, 3, layer.heads, layer.dim)
+        self.qkv = normal(layer.batch, *layer.shape, 3, layer.heads, layer.dim)
         self.rpb = normal(layer.heads, *layer.geometry.bias_shape)
-        self.grad_out = normal(batch, *layer.shape, layer.heads, layer.dim)
+        self.grad_out = normal(layer.batch, *layer.shape, layer.heads, layer.dim)
+        self.wrong: dict[Hashable, str | None] = {}
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """Output, and the log-sum-exp where the backward wants it."""
-        need_lse, scale = self.backend == "triton", self.layer.dim**-0.5
-        return torch.ops.dinat_triton.fused([self.qkv], self.rpb, None, self.window, scale, 0.0, need_lse, self.backend)
+    def score(self, choice: Hashable, backward: bool) -> float | Rejection:
+        """Seconds of a forward or of a backward; a choice with a wrong result is rejected."""
+        try:
+            if choice not in self.wrong:
+                self.wrong[choice] = self.check(choice)
+            reason = self.wrong[choice]
+            return self.seconds(choice, backward) if reason is None else Rejection(reason)
+        except Exception as error:  # whatever a compiler or a driver may say of one choice, the others can be tried
+            return Rejection(f"cannot run: {first_line(error)}")
 
-    def backward(self) -> tuple[Tensor, Tensor]:
+    def forward(self, choice: Hashable) -> tuple[Tensor, Tensor]:
+        """Output, and what the backward needs to know besides."""
+        return self.backend.forward([self.qkv], self.rpb, None, *self.fixed, False, **self.given(choice))
+
+    def backward(self, choice: Hashable, saved: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Gradients of the packed qkv and of the bias."""
-        (grad,), grad_rpb = torch.ops.dinat_triton.fused_backward(
-            [self.qkv], self.rpb, None, *self._saved, self.grad_out, None,
-            self.window, self.layer.dim**-0.5, 0.0, self.backend,
-        )  # fmt: skip
-        return grad, grad_rpb
+        grad = torch.empty_like(self.qkv)
+        inputs = ([self.qkv], self.rpb, None, *saved, self.grad_out, None, *self.fixed)
+        return grad, self.backend.backward(*inputs, [grad], **self.given(choice))
 
-    @cached_property
-    def _saved(self) -> tuple[Tensor, Tensor]:
-        return self.forward()
+    def seconds(self, choice: Hashable, backward: bool) -> float:
+        """The median of warm calls; on a GPU with a cold L2."""
+        call = partial(self.backward, choice, self.forward(choice)) if backward else partial(self.forward, choice)
+        if self.device.type == "cuda":
+            from triton.testing import do_bench
 
-    def seconds(self, backward: bool, budget: float = 0.03) -> float:
-        """Of one warm call, in the median."""
-        call = self.backward if backward else self.forward
-        return 1e-3 * harness.measure_on(self.device, {"": call}, budget)[""].median
+            return 1e-3 * do_bench(call, warmup=1, rep=200 * SECONDS, return_mode="median")
+        from torch.utils.benchmark import Timer
+
+        timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+        return timer.blocked_autorange(min_run_time=SECONDS).median
 
     @cached_property
     def truth(self) -> dict[str, Tensor]:
         """Output and gradients in float64, by the reference where its copies of the keys are not too large."""
         qkv, rpb = (x.double().requires_grad_() for x in (self.qkv, self.rpb))
-        keys = 2 * 8 * self.qkv[..., 0, :, :].numel() * self.layer.geometry.num_pairs // self.layer.geometry.num_tokens
+        geometry = self.layer.geometry
+        keys = 2 * 8 * self.qkv[..., 0, :, :].numel() * geometry.num_pairs // geometry.num_tokens
         room = ROOM[self.device.type]
         if self.device.type == "cuda":  # forward and backward hold about four times the gathered keys and values
             room = min(room, torch.cuda.mem_get_info(self.device)[0] // 4)
         backend = "reference" if keys <= room else "tiled"
-        out, _ = torch.ops.dinat_triton.na([qkv], self.window, rpb, None, 0.0, False, backend)
-        return self._named(out.detach(), *torch.autograd.grad(out, (qkv, rpb), self.grad_out.double()))
+        rank = len(self.layer.shape)
+        window = [*self.layer.kernel_size, *[1] * rank, *self.layer.dilation, *[0] * rank]
+        out, _ = torch.ops.dinat_triton.na([qkv], window, rpb, None, 0.0, False, backend)
+        return _named(out.detach(), *torch.autograd.grad(out, (qkv, rpb), self.grad_out.double()))
 
-    def _named(self, out: Tensor, grad: Tensor, grad_rpb: Tensor) -> dict[str, Tensor]:
-        grads = dict(zip(("dq", "dk", "dv"), grad.unbind(-3), strict=True))
-        return {"out": out, **grads, "drpb": grad_rpb}
-
-    def check(self) -> str | None:
+    def check(self, choice: Hashable) -> str | None:
         """What is wrong with the output and the gradients, or None; what nobody wrote counts as wrong."""
-        self.__dict__.pop("_saved", None)
         with poisoned():
-            found = self._named(self._saved[0], *self.backward())
-        self.__dict__.pop("_saved", None)
+            saved = self.forward(choice)
+            found = _named(saved[0], *self.backward(choice, saved))
         allowed = FLOAT32_ERROR if self.dtype == torch.float32 else 2 * torch.finfo(self.dtype).eps
         wrong = {name: error for name, error in errors(found, self.truth).items() if not error <= allowed}
         if not wrong:
             return None
         return f"wrong {', '.join(f'{k} (error {v:.1e})' for k, v in wrong.items())}; {allowed:.1e} is allowed"
+
+
+def _named(out: Tensor, grad: Tensor, grad_rpb: Tensor) -> dict[str, Tensor]:
+    grads = dict(zip(("dq", "dk", "dv"), grad.unbind(-3), strict=True))
+    return {"out": out, **grads, "drpb": grad_rpb}

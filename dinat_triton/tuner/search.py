@@ -1,16 +1,18 @@
 """Which of some choices is fastest: the part of tuning that is the same for all devices, measured and modelled.
 
-What a choice takes is up to a `score`, in seconds, or a Rejection that says why it must not be taken.
+A `score` says what a choice takes, in seconds, or is a Rejection that says why it must not be taken.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+from tqdm import tqdm
 
 from dinat_triton.layers import Layer
 
@@ -32,32 +34,14 @@ class Rejection:
 Score = Callable[[Choice], float | Rejection]
 
 
-@dataclass(frozen=True)
-class Work:
-    """A layer as it is tuned. `weight` is how often the models have it."""
-
-    layer: Layer
-    batch: int
-    weight: int = 1
-
-    @property
-    def maps(self) -> int:
-        return self.batch * self.layer.heads
-
-    @property
-    def label(self) -> str:
-        return f"{self.layer.name} h{self.layer.heads} b{self.batch}"
-
-
-def merged(works: Iterable[Work]) -> list[Work]:
-    """Each layer once, with the weights of its copies, the most expensive first."""
-    found: dict[tuple, Work] = {}
-    for work in works:
-        layer = work.layer
-        key = (layer.geometry, layer.heads, layer.dim, work.batch)
-        weight = work.weight + (found[key].weight if key in found else 0)
-        found[key] = Work(layer, work.batch, weight)
-    return sorted(found.values(), key=lambda work: -work.weight * work.maps * work.layer.geometry.num_pairs)
+def merged(layers: Iterable[Layer]) -> list[Layer]:
+    """Each layer once, with the counts of its copies, the most expensive first."""
+    found: dict[Layer, Layer] = {}
+    for layer in layers:
+        key = replace(layer, name="", count=0)
+        first = found.get(key)
+        found[key] = layer if first is None else replace(first, count=first.count + layer.count)
+    return sorted(found.values(), key=lambda layer: -layer.count * layer.maps * layer.geometry.num_pairs)
 
 
 class Budget:
@@ -79,6 +63,53 @@ class Budget:
     def share(self, fraction: float) -> Budget:
         """A part of what is left."""
         return Budget(max(fraction * self.left, 1e-9), self.clock)
+
+
+T = TypeVar("T")
+
+
+def shared_out(budget: Budget, things: Sequence[T]) -> Iterator[tuple[T, Budget]]:
+    """Each thing with its share of what is left: what one does not spend goes to those behind it."""
+    for number, thing in enumerate(things):
+        yield thing, budget.share(1 / (len(things) - number))
+
+
+@dataclass(frozen=True)
+class Row:
+    """The result for a pass of a layer. Seconds are measured, or the model's; infinite if rejected before."""
+
+    layer: Layer
+    name: str
+    before: float
+    after: float
+    choice: Any
+    changed: bool
+
+
+@dataclass
+class Found:
+    """The results of a search.
+
+    Attributes:
+        entries: For the table, by key; None where a key needs none any more.
+        rows: What changes by them.
+        wrong: What was rejected although it promised well, and why.
+        unreached: Layers that the budget did not allow to tune.
+    """
+
+    entries: dict[str, Any] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    unreached: list[Layer] = field(default_factory=list)
+
+
+def layer_by_layer(layers: Sequence[Layer], budget: Budget, found: Found) -> Iterator[tuple[Layer, Budget]]:
+    """Layers with their shares of the budget, as long as it lasts; the others are noted as not reached."""
+    for layer, share in tqdm(shared_out(budget, layers), "layers", len(layers), disable=None):
+        if budget.is_spent:
+            found.unreached.append(layer)
+        else:
+            yield layer, share
 
 
 @dataclass
@@ -119,7 +150,7 @@ class Race(Generic[Choice]):
         return default
 
 
-def race(choices: Sequence[Choice], score: Score[Choice], budget: Budget, rounds: int = ROUNDS) -> Race[Choice]:
+def race(choices: Iterable[Choice], score: Score[Choice], budget: Budget, rounds: int = ROUNDS) -> Race[Choice]:
     """Scores choices in turns, so that a busy moment of the machine meets them all, as long as the budget lasts."""
     found: Race[Choice] = Race({choice: [] for choice in choices})
     for _ in range(rounds):
@@ -137,13 +168,13 @@ def race(choices: Sequence[Choice], score: Score[Choice], budget: Budget, rounds
     return found
 
 
-def combined(races: Mapping[Work, Race[Choice]]) -> Race[Choice]:
-    """The race over all works together: of each choice that ran in all of them, the weighted times of each round."""
+def combined(races: Mapping[Layer, Race[Choice]]) -> Race[Choice]:
+    """The race over all layers together: of each choice that ran in all of them, the sums of each round."""
     each = list(races.values())
     everywhere = [c for c in each[0].seconds if all(r.seconds.get(c) for r in each)] if each else []
     totals = {
         choice: [
-            sum(work.weight * t for work, t in zip(races, times, strict=True))
+            sum(layer.count * t for layer, t in zip(races, times, strict=True))
             for times in zip(*(r.seconds[choice] for r in each), strict=False)
         ]
         for choice in everywhere
