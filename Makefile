@@ -7,7 +7,7 @@ UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 # Processes side by side: threads that spin while they wait would only take each other's cores.
 QUIET := OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0
 # This machine's folder in bench/results/.
-RESULTS = $(shell $(BIN)/python -c 'from dinat_triton.bench.harness import default_path; print(default_path("cpu", "").parent)')
+RESULTS = $(shell $(BIN)/python -c 'import torch; from dinat_triton.bench import harness; print(harness.results_folder(torch.device("cpu")))')
 
 .PHONY: help demo test test-slow test-timm test-gpu mutants lint bench figures notebooks wheel clean
 
@@ -58,17 +58,18 @@ lint: $(VENV)/made ## ruff and mypy
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: $(VENV)/natten ## the benchmarks of this machine's CPU and the figures of the README, under 6 minutes on two cores
+bench: $(VENV)/natten ## the benchmarks of this machine's CPU and the figures drawn of them, under 10 minutes on two cores
 	@echo "== Layers side by side with their peers, most of the time to compile FlexAttention"
-	@$(BIN)/dinat-triton bench cpu
-	@echo "== Whole models side by side with timm's"
-	@$(BIN)/dinat-triton bench models --device cpu
+	@$(BIN)/dinat-triton bench cpu --force --out "$(RESULTS)/cpu.json"
+	@echo "== Whole models side by side with timm's, and where their steps go"
+	@$(BIN)/dinat-triton bench models --device cpu --force --out "$(RESULTS)/models.json"
+	@$(BIN)/dinat-triton bench profile --device cpu --force --out "$(RESULTS)/profile.json"
 	@echo "== Python per call"
-	@$(BIN)/dinat-triton bench overhead --device cpu --seconds 0.3 --out "$(RESULTS)/overhead.json"
+	@$(BIN)/dinat-triton bench overhead --seconds 0.3 --force --out "$(RESULTS)/overhead.json"
 	@echo "== Layers against what the machine allows, and against an H200 on paper"
-	@$(BIN)/dinat-triton roofline --results "$(RESULTS)/cpu.json"
-	@$(BIN)/dinat-triton roofline --arch sm_90 --out notebooks/figures/roofline.png
-	@$(BIN)/dinat-triton bench scaling --out notebooks/figures
+	@$(BIN)/dinat-triton roofline --results "$(RESULTS)/cpu.json" --force --out "$(RESULTS)/roofline.json"
+	@$(BIN)/dinat-triton roofline --arch sm_90 --force --out bench/results/offline/roofline-sm_90.json
+	@$(BIN)/python notebooks/figures.py
 
 figures: $(VENV)/made ## the pictures of this README
 	@$(BIN)/python notebooks/figures.py

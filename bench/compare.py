@@ -1,8 +1,6 @@
 """One result file against another, record by record: a branch against main, a GPU driver against the one before.
 
 A change counts only if the times do not overlap: the 80th percentile of one lies below the 20th of the other.
-
-exit codes: 0 nothing is slower in B, 1 something is, 2 the files cannot be compared
 """
 
 from __future__ import annotations
@@ -14,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinat_triton.bench import harness
-from dinat_triton.bench.harness import Record, Timing
-from dinat_triton.bench.selection import check_names, split
+from dinat_triton.bench.harness import Record, Results, Timing, geometric_mean
+from dinat_triton.commands.options import check_names, split
+from dinat_triton.commands.tables import milliseconds, table
 
-SLOWER, FASTER, SAME = "slower", "faster", "same"
+SLOWER, FASTER, SAME = VERDICTS = ("slower", "faster", "same")
 # What makes times of two files incomparable, or at least suspicious.
 ENVIRONMENT = ("device", "driver", "threads", "versions")
 
@@ -56,18 +54,12 @@ def pairs_of(a: Sequence[Record], b: Sequence[Record]) -> list[Pair]:
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """How the environments of two files differ."""
-    found = []
-    for name in ENVIRONMENT:
-        left, right = a.get(name), b.get(name)
-        if isinstance(left, dict) and isinstance(right, dict):
-            both = dict.fromkeys((*left, *right))
-            found += [f"{n} {left.get(n)} and {right.get(n)}" for n in both if left.get(n) != right.get(n)]
-        elif left != right:
-            found.append(f"{name} {left} and {right}")
-    return found
+    left, right = ({name: e.get(name) for name in ENVIRONMENT} | e.get("versions", {}) for e in (a, b))
+    both = [name for name in {**left, **right} if name != "versions"]
+    return [f"{n} {left.get(n)} and {right.get(n)}" for n in both if left.get(n) != right.get(n)]
 
 
-def compare_files(a: Path, b: Path, only: Sequence[str] | None = None) -> int:
+def compare(a: Path, b: Path, only: Sequence[str] | None = None) -> int:
     """Prints B against A, and returns 1 if anything is slower in B.
 
     Args:
@@ -75,37 +67,26 @@ def compare_files(a: Path, b: Path, only: Sequence[str] | None = None) -> int:
         b: Another of the same benchmark.
         only: Implementations to look at; all by default.
     """
-    records = [harness.load_records(path) for path in (a, b)]
+    results = [Results.load(path) for path in (a, b)]
+    records = [found.records for found in results]
     if only is not None:
-        known = dict.fromkeys(r.implementation for r in (*records[0], *records[1]))
-        check_names("implementation", only, known)
+        check_names("implementation", only, dict.fromkeys(r.implementation for each in records for r in each))
         records = [[r for r in each if r.implementation in only] for each in records]
     pairs = pairs_of(*records)
     if not pairs:
         raise ValueError(f"{a} and {b} have no timed record in common")
-    for difference in differences(*(harness.load(path)["environment"] for path in (a, b))):
+    for difference in differences(*(found.environment for found in results)):
         print(f"Measured under different conditions: {difference}", file=sys.stderr)
-    print(table(pairs))
-    counts = {verdict: sum(pair.verdict == verdict for pair in pairs) for verdict in (SLOWER, FASTER, SAME)}
-    mean = harness.geometric_mean([pair.ratio for pair in pairs])
-    print(f"\nB takes {mean:.3f}x the time of A in geometric mean of {len(pairs)}: "
-          f"{counts[SLOWER]} slower, {counts[FASTER]} faster, {counts[SAME]} the same")  # fmt: skip
-    return 1 if counts[SLOWER] else 0
+    rows = [[pair.title, _shown(pair.a), _shown(pair.b), f"{pair.ratio:.3f}", pair.verdict] for pair in pairs]
+    print(table(["median ms (20 - 80 %)", "A", "B", "B over A", ""], rows))
+    counts = ", ".join(f"{sum(pair.verdict == verdict for pair in pairs)} {verdict}" for verdict in VERDICTS)
+    mean = geometric_mean([pair.ratio for pair in pairs])
+    print(f"\nB takes {mean:.3f}x the time of A in geometric mean of {len(pairs)}: {counts}")
+    return int(any(pair.verdict == SLOWER for pair in pairs))
 
 
-def table(pairs: Sequence[Pair]) -> str:
-    def shown(timing: Timing) -> str:
-        return f"{harness.milliseconds(timing.median)} ({harness.milliseconds(timing.p20)} - " \
-               f"{harness.milliseconds(timing.p80)})"  # fmt: skip
-
-    rows = [[pair.title, shown(pair.a), shown(pair.b), f"{pair.ratio:.3f}", pair.verdict] for pair in pairs]
-    return harness.table(["median ms (20 - 80 %)", "A", "B", "B over A", ""], rows)
-
-
-def add_option(parser: argparse.ArgumentParser) -> None:
-    """Lets a benchmark compare instead of measure."""
-    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A.json", "B.json"),
-                        help="measure nothing: set B against A, and exit with 1 if anything is slower")  # fmt: skip
+def _shown(timing: Timing) -> str:
+    return "{} ({} - {})".format(*map(milliseconds, (timing.median, timing.p20, timing.p80)))
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -115,4 +96,4 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return compare_files(args.a, args.b, None if args.only is None else split(args.only))
+    return compare(args.a, args.b, None if args.only is None else split(args.only))

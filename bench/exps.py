@@ -1,7 +1,5 @@
 """A Triton kernel that does nothing but exponentials: how many of them a GPU computes per second."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -14,8 +14,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, NullFormatter, NullLocator, ScalarFormatter
+from matplotlib.ticker import EngFormatter, NullFormatter
 
+from dinat_triton.bench.harness import Results
 from dinat_triton.bench.profiling import (
     ACTIVATION,
     ATTENTION,
@@ -25,12 +26,13 @@ from dinat_triton.bench.profiling import (
     OPTIMIZER,
     OTHER,
     OVERHEAD,
-    Profile,
     parts_in,
+    shares,
 )
-from dinat_triton.bench.roofline import LIMITS, OURS, Point, implementations, product_rate, short
-from dinat_triton.bench.scaling import BATCH, DILATED, DILATION, IMAGE, KERNEL, LOCAL, STUDIES, TILED, Case
+from dinat_triton.bench.roofline import OURS, Point, implementations, points_in
+from dinat_triton.commands.tables import short
 from dinat_triton.plots import INK, KEY, PAPER, QUERY, styled
+from dinat_triton.work import LIMITS, Ceilings
 
 GREEN, PINK, VERMILION, SKY, YELLOW = "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f0e442"
 GREYS = ("#9a9a9a", "#bdbdbd", "#dedede")
@@ -49,26 +51,29 @@ PART_LOOKS: dict[str, dict[str, Any]] = {
     OPTIMIZER: {"color": VERMILION},
     OVERHEAD: {"color": "#efefef", "hatch": "///", "linewidth": 0},
 }
-LIMIT_LOOKS: dict[str, dict[str, Any]] = {
-    "memory": {"color": INK},
-    "products": {"color": GREEN, "marker": "^"},
-    "exps": {"color": VERMILION, "marker": "D"},
-}
-DASHED: tuple[dict[str, Any], ...] = ({"linestyle": "-", "markersize": 3.5}, {"linestyle": "--", "markersize": 3.5})
 NOTE: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "color": INK}
+
+
+def draw(results: Results) -> Figure:
+    """The figure of a result file, of `roofline` or `bench profile`."""
+    if results.bench == "profile":
+        return plot_profiles(results)
+    if results.bench != "roofline" or results.ceilings is None:
+        raise ValueError(f"only results of roofline and profile are drawn, and these are of {results.bench}")
+    return plot_roofline(points_in(results), results.ceilings)
 
 
 # Rooflines
 
 
 @styled
-def plot_roofline(points: Sequence[Point], ceilings: Mapping[str, Any]) -> Figure:
+def plot_roofline(points: Sequence[Point], ceilings: Ceilings) -> Figure:
     """Per model two panels: its layers under the ceilings, and everyone's times beside those of each limit.
 
     To the left, a hollow mark is the useful work of a layer and the full one what its plan evaluates, both done in the
     same time: measured, or where nothing was measured that of its bound. To the right no mark can lie within the bars.
     """
-    groups = [list(of) for _, of in groupby(points, lambda point: point.group)]
+    groups = [list(of) for _, of in groupby(points, lambda point: point.layer.group)]
     heights = [max(2.3, 0.33 * len(group) + 0.5) for group in groups]
     figure = Figure(figsize=(8.8, sum(heights) + 1), layout="constrained")
     grid = figure.subplots(len(groups), 2, squeeze=False, height_ratios=heights, width_ratios=(1.15, 1))
@@ -77,9 +82,7 @@ def plot_roofline(points: Sequence[Point], ceilings: Mapping[str, Any]) -> Figur
         _draw_roof(roof, group, ceilings)
         _draw_times(times, group, ceilings, looks)
     first = points[0]
-    figure.suptitle(
-        f"{first.pass_}, {first.dtype}, on {ceilings['device']}; ceilings: {ceilings['source']}", fontsize=9
-    )
+    figure.suptitle(f"{first.pass_}, {first.dtype}, on {ceilings.device}; ceilings: {ceilings.source}", fontsize=9)
     _legend(figure, 6)
     return figure
 
@@ -91,7 +94,7 @@ def looks_of(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     return ours | dict(zip(peers, cycle(PEER_LOOKS), strict=False))
 
 
-def _draw_roof(ax: Axes, points: Sequence[Point], ceilings: Mapping[str, Any]) -> None:
+def _draw_roof(ax: Axes, points: Sequence[Point], ceilings: Ceilings) -> None:
     places = [marks(point, ceilings) for point in points]
     intensities, rates = zip(*(mark for pair in places for mark in pair), strict=True)
     ax.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="FLOP per second")
@@ -104,10 +107,10 @@ def _draw_roof(ax: Axes, points: Sequence[Point], ceilings: Mapping[str, Any]) -
     with_units(ax.xaxis, ax.yaxis)
     timed = sum(point.ours is not None for point in points)
     state = "" if timed == len(points) else f", {'partly ' * bool(timed)}not measured: at the bounds"
-    ax.set_title(f"{points[0].group}, batch {points[0].batch}{state}", loc="left")
+    ax.set_title(f"{points[0].layer.group}, batch {points[0].layer.batch}{state}", loc="left")
 
 
-def marks(point: Point, ceilings: Mapping[str, Any]) -> tuple[tuple[float, float], tuple[float, float]]:
+def marks(point: Point, ceilings: Ceilings) -> tuple[tuple[float, float], tuple[float, float]]:
     """Useful and evaluated: operations per byte, and per second of our time or else of the bound."""
     seconds = point.seconds(point.ours) if point.ours else point.bound(ceilings)[1]
     work = point.work
@@ -116,20 +119,20 @@ def marks(point: Point, ceilings: Mapping[str, Any]) -> tuple[tuple[float, float
 
 
 def _draw_ceilings(
-    ax: Axes, points: Sequence[Point], ceilings: Mapping[str, Any], x: tuple[float, float], bottom: float
+    ax: Axes, points: Sequence[Point], ceilings: Ceilings, x: tuple[float, float], bottom: float
 ) -> float:
     """The slope of memory up to the ceiling of products, and that of exponentials; returns the lower one."""
-    copy, products = ceilings["copy_bytes_per_s"], product_rate(ceilings, points[0].dtype)
+    copy, products = ceilings.copy_bytes_per_s, ceilings.products(points[0].dtype)
     ridge = products / copy
     left, right = min(x[0], ridge / 6), max(x[1], 8 * ridge)
     ax.set(xlim=(left, right), ylim=(bottom, 2.5 * products))
     ax.plot([left, ridge, right], [left * copy, products, products], color=INK, linewidth=1.2, zorder=1)
     ax.annotate(f"products: {short(products)}FLOP/s", (right, products), (0, 2), ha="right", va="bottom", **NOTE)
     ax.annotate(f"copies: {short(copy)}B/s", (ridge, products), (-8, 2), ha="right", va="bottom", **NOTE)
-    exps = min(point.work.flops / point.work.exps for point in points) * ceilings["exps_per_s"]
+    exps = min(point.work.flops / point.work.exps for point in points) * ceilings.exps_per_s
     if exps < products:
         ax.plot([exps / copy, right], [exps, exps], color=INK, linewidth=1, linestyle="--", zorder=1)
-        label = f"exponentials: {short(ceilings['exps_per_s'])}/s"
+        label = f"exponentials: {short(ceilings.exps_per_s)}/s"
         ax.annotate(label, (right, exps), (0, 2), ha="right", va="bottom", **NOTE)
     return min(exps, products)
 
@@ -144,7 +147,7 @@ def _name(ax: Axes, named: Mapping[str, tuple[float, float]], lowest_ceiling: fl
         ax.annotate(name, place, (1.03, height), textcoords="axes fraction", fontsize=7, va="center", arrowprops=leader)
 
 
-def _draw_times(ax: Axes, points: Sequence[Point], ceilings: Mapping[str, Any], looks: Mapping[str, Any]) -> None:
+def _draw_times(ax: Axes, points: Sequence[Point], ceilings: Ceilings, looks: Mapping[str, Any]) -> None:
     rows = range(len(points))
     limits = [point.work.limits(ceilings, point.dtype) for point in points]
     least = min(min(each.values()) for each in limits) / 2
@@ -167,122 +170,29 @@ def _draw_times(ax: Axes, points: Sequence[Point], ceilings: Mapping[str, Any], 
 
 
 @styled
-def plot_profiles(profiles: Sequence[Profile], device: str) -> Figure:
+def plot_profiles(results: Results) -> Figure:
     """A bar per model, as long as its step, cut into its parts; shares of at least 4 % are written in."""
-    figure = Figure(figsize=(8.8, 0.55 * len(profiles) + 1.3), layout="constrained")
+    records = results.records
+    figure = Figure(figsize=(8.8, 0.55 * len(records) + 1.3), layout="constrained")
     ax = figure.add_subplot()
-    longest = max(found.seconds for found in profiles)
-    for row, found in enumerate(profiles):
+    longest = max(sum(record.also["parts_ms"].values()) for record in records)
+    for row, record in enumerate(records):
         left = 0.0
-        for part in parts_in(profiles):
-            look = PART_LOOKS[part]
-            ax.barh(row, 1e3 * found.parts[part], left=1e3 * left, height=0.62, label=part, edgecolor=PAPER, **look)
-            if found.parts[part] >= 0.04 * longest:
+        for part in parts_in(records):
+            ms = record.also["parts_ms"][part]
+            ax.barh(row, ms, left=left, height=0.62, label=part, edgecolor=PAPER, **PART_LOOKS[part])
+            if ms >= 0.04 * longest:
+                look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8}
                 shade = INK if part in (LINEAR, NORM, OTHER, OVERHEAD, ACTIVATION) else PAPER
-                middle = left + found.parts[part] / 2
-                ax.text(
-                    1e3 * middle, row, f"{found.shares[part]:.0%}", ha="center", va="center", fontsize=8, color=shade
-                )
-            left += found.parts[part]
-    ax.set_yticks(range(len(profiles)), [found.model for found in profiles])
-    ax.set(xlabel="milliseconds of a step", ylim=(len(profiles) - 0.5, -0.5))
+                ax.text(left + ms / 2, row, f"{shares(record)[part]:.0%}", color=shade, **look)
+            left += ms
+    ax.set_yticks(range(len(records)), [record.implementation for record in records])
+    ax.set(xlabel="milliseconds of a step", ylim=(len(records) - 0.5, -0.5))
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
-    first = profiles[0]
-    ax.set_title(f"{first.pass_}, batch {first.batch}, {first.dtype}, on {device}", loc="left")
+    first, device = records[0], results.environment["device"]
+    ax.set_title(f"{first.pass_}, batch {first.problem['batch']}, {first.dtype}, on {device}", loc="left")
     _legend(figure, 8)
-    return figure
-
-
-# Scaling
-
-
-@styled
-def plot_scaling(cases: Sequence[Case]) -> Figure:
-    """Small multiples: a column for each thing that varies; scores above, below what each limit takes."""
-    figure = Figure(figsize=(8.8, 4.6), layout="constrained")
-    grid = figure.subplots(2, len(STUDIES), sharex="col", sharey="row")
-    for (above, below), study in zip(grid.T, STUDIES, strict=True):
-        lines = lines_of([case for case in cases if case.study == study])
-        for line in lines.values():
-            _draw_scores(above, line)
-            _draw_limits(below, line)
-        useful = [(case.x, case.work.useful_scores) for case in next(iter(lines.values()))]
-        above.plot(*zip(*useful, strict=True), ":", color=INK, label="scores that attend")
-        above.set(yscale="log")
-        _value_axis(below, study, [x for x, _ in useful])
-    arch = next(case.backend for case in cases if case.limits)
-    grid[0, 0].set_ylabel("scores per query")
-    grid[0, 0].yaxis.set_major_formatter(ScalarFormatter())
-    grid[1, 0].set(ylabel=f"ps per query, {arch}", ylim=(0, None))
-    _legend(figure, 5)
-    return figure
-
-
-def _draw_scores(ax: Axes, line: Sequence[Case]) -> None:
-    case = line[0]
-    who = "tiled, CPU" if case.backend == TILED else f"kernels, {case.backend}"
-    look = PEER_LOOKS[0] if case.backend == TILED else OUR_LOOK
-    values = [(case.x, case.work.scores) for case in line]
-    ax.plot(*zip(*values, strict=True), label=f"{who}, {case.series}", **look, **DASHED[case.series == DILATED])
-
-
-def _draw_limits(ax: Axes, line: Sequence[Case]) -> None:
-    """Picoseconds per query. Memory is the same for all series, so it is named once."""
-    series = line[0].series
-    for name, look in LIMIT_LOOKS.items() if line[0].limits else ():
-        values = [(case.x, 1e12 * case.limits[name] / case.queries) for case in line]
-        label = f"limit: {name}" if name == "memory" else f"limit: {name}, {series}"
-        dashes = DASHED[series == DILATED and name != "memory"]
-        ax.plot(*zip(*values, strict=True), label=label, **look, **dashes)
-
-
-def _value_axis(ax: Axes, study: str, values: Sequence[int]) -> None:
-    """What varies, with ticks at some of its own values."""
-    label, log, step = {
-        IMAGE: ("image, pixels a side", True, 2),
-        KERNEL: ("kernel size", False, 1),
-        DILATION: ("dilation", False, 1),
-        BATCH: ("batch", True, 2),
-    }[study]
-    ax.set(xlabel=label, xscale="log" if log else "linear")
-    ax.set_xticks(values[::step])
-    ax.xaxis.set_major_formatter(ScalarFormatter())
-    ax.xaxis.set_minor_locator(NullLocator())
-
-
-def lines_of(cases: Sequence[Case]) -> dict[tuple[str, str], list[Case]]:
-    """Cases by backend and series, in the order of what varies."""
-    lines: dict[tuple[str, str], list[Case]] = {}
-    for case in sorted(cases, key=lambda case: case.x):
-        lines.setdefault((case.backend, case.series), []).append(case)
-    return lines
-
-
-def _label(case: Case) -> str:
-    return f"{'tiled, CPU' if case.backend == TILED else f'kernels, {case.backend}'}, {case.series}"
-
-
-@styled
-def plot_memory(cases: Sequence[Case]) -> Figure:
-    """Memory against tokens: what the kernels hold, the four tensors alone, and what other ways hold."""
-    cases = [case for case in cases if case.study == IMAGE and case.memory is not None and case.series == LOCAL]
-    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
-    ax = figure.add_subplot()
-    lines: dict[str, tuple[list[Any], dict[str, Any]]] = {
-        "every score of N x N written": ([c.full_attention_bytes for c in cases], {"color": VERMILION, "marker": "D"}),
-        "every window copied": ([c.gather_bytes for c in cases], {"color": QUERY, "marker": "s"}),
-        "dinat-triton": ([c.memory for c in cases], {"color": KEY, "marker": "o"}),
-        "query, key, value and output": ([4 * c.tensor_bytes for c in cases], {"color": INK, "linestyle": ":"}),
-    }
-    for label, (values, look) in lines.items():
-        ax.plot([case.tokens for case in cases], values, label=label, **look)
-    ax.set(xscale="log", yscale="log", ylabel="memory of a forward")
-    ax.set_xticks([case.tokens for case in cases[::2]], [f"{case.tokens:,}\n{case.x}x{case.x}" for case in cases[::2]])
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.set_xlabel("tokens, and the image's pixels")
-    with_units(ax.yaxis, unit="B")
-    ax.legend(loc="upper left", fontsize=8)
     return figure
 
 

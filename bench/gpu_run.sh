@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Everything that a GPU has to tell, in at most 8 minutes: tests, every DiNAT layer against float64, compute-sanitizer,
-# tuning, times against the peers with the tuned table, whole models, first calls, overhead. Leaves JSON, one log and a
-# table in a folder and prints the table last. Needs torch, triton, numpy and einops; the models also a recent timm.
-# Nothing of ours has to be installed.
+# Everything that a GPU has to tell, in at most 8 minutes: tests, every DiNAT layer against float64 among them,
+# compute-sanitizer, tuning, times against the peers with the tuned table, whole models, overhead. Leaves JSON, one log
+# and a table in a folder and prints the table last. Needs torch, triton, timm and pytest; nothing of ours has to be
+# installed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -29,8 +29,8 @@ while [ $# -gt 0 ]; do
 done
 
 python=${PYTHON:-python3}
-if ! "$python" -c "import torch, triton"; then
-    echo "gpu_run.sh: $python needs torch and triton; PYTHON=... chooses another" >&2
+if ! "$python" -c "import torch, triton, timm, pytest"; then
+    echo "gpu_run.sh: $python needs torch, triton, timm and pytest; PYTHON=... chooses another" >&2
     exit 2
 fi
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
@@ -39,10 +39,14 @@ if [ ${#dry[@]} -gt 0 ]; then
 else
     unset TRITON_INTERPRET
 fi
-gpu=("$python" -m dinat_triton.bench.gpu)
 command=("$python" -m dinat_triton.cli)
-default=$("${gpu[@]}" where "${dry[@]}") || exit 2
-out=${out:-$default}
+if [ ${#dry[@]} -eq 0 ] && ! "$python" -c "import torch; assert torch.cuda.is_available()" 2>/dev/null; then
+    echo "gpu_run.sh: torch sees no GPU; --dry-run tries everything on the CPU" >&2
+    exit 2
+fi
+kind=$([ ${#dry[@]} -gt 0 ] && echo cpu || echo cuda)
+folder="import torch; from dinat_triton.bench import harness; print(harness.results_folder(torch.device('$kind')))"
+if [ -z "$out" ]; then out=$("$python" -c "$folder") || exit 2; fi
 mkdir -p "$out" && : >"$out/log.txt" || exit 2
 names=() states=() failed=0
 
@@ -67,53 +71,49 @@ skip() {
     names+=("$1") states+=("skipped: $2")
 }
 
+# The interpreter is for nothing but the kernels: it would make whole models take minutes.
+compiled=(env -u TRITON_INTERPRET) pytest=("$python" -m pytest -q -p no:cacheprovider -m gpu) workers=()
 if [ ${#dry[@]} -gt 0 ]; then
-    part tests 75 "$python" -m pytest -q -m gpu --collect-only tests/gpu
-else
-    workers=()
-    if "$python" -c "import xdist" 2>/dev/null; then workers=(-n 6); fi
-    part tests 75 "$python" -m pytest -q -m gpu "${workers[@]}" tests/gpu
-fi
-part check 45 "${gpu[@]}" check --out "$out" --budget 37 "${dry[@]}"
-for tool in memcheck racecheck; do
-    if [ ${#dry[@]} -gt 0 ]; then
-        part "$tool" 25 "${gpu[@]}" small --out "$out" "${dry[@]}"
-    elif command -v compute-sanitizer >/dev/null; then
-        # Without the cache every tensor is an allocation of its own, whose ends the sanitizer watches.
-        part "$tool" 25 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-            compute-sanitizer --tool "$tool" --error-exitcode 1 "${gpu[@]}" small --out "$out"
-    else
-        skip "$tool" "no compute-sanitizer here"
-    fi
-done
-
-# The interpreter is for the kernels' own parts: it cannot be tuned, and would make whole models take minutes.
-compiled=(env -u TRITON_INTERPRET)
-if [ ${#dry[@]} -gt 0 ]; then
-    where=(--device cpu)
+    pytest+=(--collect-only)
     tune=(--layers dinat_mini@224:7x7* --budget 4 --dry-run)
+    layers=(--layers dinat_mini@224:7x7* --peers sdpa swin --seconds 0.01)
     models=(--models dinat_mini --passes inference --no-memory --seconds 0.2)
-    layers=(--layers dinat_mini@224:7x7*)
+    overhead=(--layers dinat_mini@224:14x14-d2 --seconds 0.01)
 else
-    where=(--device cuda)
-    tune=(--layers dinat_mini@224 dinat_large@224 --budget 45 --export "$out/tuned.json")
-    models=(--models swinv2_tiny_window8_256 convnext_tiny dinat_mini dinat_tiny --seconds 0.5 --graph
-        --compile swin_tiny_patch4_window7_224 dinat_tiny --budget 60)
-    layers=(--layers dinat_mini@224)
+    if "$python" -c "import xdist" 2>/dev/null; then workers=(-n 6); fi
+    tune=(--layers dinat_mini@224 dinat_large@224 --budget 45 --out "$out/tuned.json" --force)
+    layers=(--layers dinat_mini@224 dinat_large@224 --batch 128 1 --budget 68)
+    models=(--models swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 convnext_tiny dinat_mini dinat_tiny
+        --seconds 0.5 --graph --compile swin_tiny_patch4_window7_224 dinat_tiny --budget 60)
+    overhead=(--seconds 0.1)
 fi
+where=(--device "$kind")
+
+part tests 120 "${pytest[@]}" "${workers[@]}" tests/gpu
+for tool in memcheck racecheck; do
+    # Without the cache every tensor is an allocation of its own, whose ends the sanitizer watches.
+    sanitized=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1)
+    if [ ${#dry[@]} -gt 0 ]; then
+        sanitized=()
+    elif ! command -v compute-sanitizer >/dev/null; then
+        skip "$tool" "no compute-sanitizer here"
+        continue
+    fi
+    part "$tool" 30 "${sanitized[@]}" "${pytest[@]}" tests/gpu/test_small.py
+done
 part tune 58 "${compiled[@]}" "${command[@]}" tune "${where[@]}" "${tune[@]}"
-part time 88 "${gpu[@]}" time --out "$out" --budget 68 "${dry[@]}"
-if reason=$("$python" -c "from dinat_triton.bench.models import check_timm; check_timm()" 2>&1); then
-    part models 93 "${compiled[@]}" "${command[@]}" bench models "${where[@]}" "${models[@]}" --out "$out/models.json"
-else
-    skip models "${reason##*Error: }"
-fi
-part first-call 25 "${compiled[@]}" "${command[@]}" bench first-call "${where[@]}" "${layers[@]}" --jobs 4 \
-    --out "$out/first_call.json"
-part overhead 16 "${compiled[@]}" "${command[@]}" bench overhead "${where[@]}" --seconds 0.1 --out "$out/overhead.json"
+part layers 88 "${compiled[@]}" "${command[@]}" bench layers "${where[@]}" "${layers[@]}" --backward \
+    --out "$out/layers.json" --force
+part models 93 "${compiled[@]}" "${command[@]}" bench models "${where[@]}" "${models[@]}" --out "$out/models.json" --force
+part overhead 20 "${compiled[@]}" "${command[@]}" bench overhead "${overhead[@]}" --out "$out/overhead.json" --force
 
 echo
-timeout 18 "${gpu[@]}" report --out "$out" "${dry[@]}" | tee "$out/table.txt" || failed=$((failed + 1))
+found=()
+for name in layers models overhead; do
+    if [ -f "$out/$name.json" ]; then found+=("$out/$name.json"); fi
+done
+timeout 18 "${command[@]}" bench report "${found[@]}" | tee "$out/table.txt" || failed=$((failed + 1))
+echo
 echo
 for i in "${!names[@]}"; do
     printf '%-10s %s\n' "${names[$i]}" "${states[$i]}"

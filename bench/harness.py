@@ -1,32 +1,34 @@
-"""One schema for every benchmark: who ran what, where, in which version, and how long it took."""
+"""One schema and one clock for every benchmark: who ran what, where, in which version, and how long it took."""
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dinat_triton.store import cpu_name
+from dinat_triton.layers import Layer
+from dinat_triton.store import cpu_name, slug
+from dinat_triton.work import Ceilings
 
 FOLDER = Path(__file__).resolve().parent
-ROOT = FOLDER.parent
-SCHEMA = 2
-FORWARD, BACKWARD, FORWARD_BACKWARD = PASSES = ("forward", "backward", "forward+backward")
+SCHEMA = 3
 BUSY = 0.5
+TIME_IS_UP = "the time was up"
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,23 @@ class Timing:
         p20, p80 = (ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.8))
         return cls(statistics.median(ordered), p20, p80, len(ordered))
 
+    def to_dict(self) -> dict[str, float]:
+        return {name: round(value, 5) for name, value in vars(self).items()}
+
 
 @dataclass
 class Record:
-    """One implementation on one problem: either a timing or the reason why there is none."""
+    """One implementation on one problem: a timing, or the reason why there is none.
+
+    Attributes:
+        problem: A layer, or what else makes records comparable, such as the batch of a model.
+        implementation: A backend, a peer, a model.
+        pass_: Forward, training, ...
+        dtype: Of the tensors.
+        timing: Of a warm call.
+        reason: Why there is no timing.
+        also: What else was measured or counted, such as `peak_bytes`, `first_call_ms` and `work`.
+    """
 
     problem: dict[str, Any]
     implementation: str
@@ -55,12 +70,7 @@ class Record:
     dtype: str
     timing: Timing | None = None
     reason: str | None = None
-    ratios: dict[str, float] = field(default_factory=dict)
-    """Of our records: time of each peer over ours."""
-    work: dict[str, float] = field(default_factory=dict)
-    """Bytes and operations that any implementation needs, the floor in milliseconds that follows, and fractions."""
     also: dict[str, Any] = field(default_factory=dict)
-    """What else was measured, such as `peak_bytes` and `first_call_ms`."""
 
     @property
     def cell(self) -> tuple[str, str, str]:
@@ -68,44 +78,114 @@ class Record:
         return json.dumps(self.problem, sort_keys=True), self.pass_, self.dtype
 
     @property
+    def is_ours(self) -> bool:
+        return self.implementation.startswith(("tiled", "triton", "nat_", "dinat_"))
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is ours and did not run. What nobody had time for is no failure."""
+        return self.is_ours and self.reason not in (None, TIME_IS_UP)
+
+    @property
     def title(self) -> str:
-        """What was measured, by the names that the problem has, such as `dinat_mini@224/56x56-d8`."""
-        names = "@".join(value for value in self.problem.values() if isinstance(value, str))
-        batch = self.problem.get("batch", 1)
-        return f"{names}{f' b{batch}' if batch > 1 else ''} {self.dtype} {self.pass_}"
+        """The problem by the names that it has, such as `dinat_mini@224/56x56-d8 b128 bfloat16 forward`."""
+        names = [value for value in self.problem.values() if isinstance(value, str)]
+        return " ".join([*names, f"b{self.problem.get('batch', 1)}", self.dtype, self.pass_])
 
     def to_dict(self) -> dict[str, Any]:
-        timing = None if self.timing is None else {k: round(v, 5) for k, v in vars(self.timing).items()}
-        ratios = {peer: round(ratio, 4) for peer, ratio in self.ratios.items()}
         return {
             "problem": self.problem,
             "implementation": self.implementation,
             "pass": self.pass_,
             "dtype": self.dtype,
-            "ms": timing,
+            "ms": self.timing and self.timing.to_dict(),
             "reason": self.reason,
-        } | {name: found for name, found in (("ratios", ratios), ("work", self.work), ("also", self.also)) if found}
+            "also": self.also,
+        }
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> Record:
-        timing = None if entry["ms"] is None else Timing(**entry["ms"])
-        more = (dict(entry.get(name, {})) for name in ("ratios", "work", "also"))
+        timing = entry["ms"] and Timing(**entry["ms"])
         names = (entry["implementation"], entry["pass"], entry["dtype"])
-        return cls(entry["problem"], *names, timing, entry["reason"], *more)
+        return cls(entry["problem"], *names, timing, entry["reason"], dict(entry["also"]))
 
 
-def add_ratios(records: Sequence[Record], ours: str) -> None:
-    """Fills in `ratios` of our records from the peers' records of the same cell."""
-    mine = {r.cell: r for r in records if r.implementation == ours and r.timing}
-    for record in records:
-        own = mine.get(record.cell)
-        if own and own.timing and record.timing and record.implementation != ours:
-            own.ratios[record.implementation] = record.timing.median / own.timing.median
+@dataclass(frozen=True)
+class Cell:
+    """A layer, dtype and pass: what is measured side by side."""
+
+    layer: Layer
+    dtype: str
+    pass_: str
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What `Record.cell` is of its records."""
+        return self.record("").cell
+
+    def record(self, implementation: str, **found: Any) -> Record:
+        return Record(asdict(self.layer), implementation, self.pass_, self.dtype, **found)
+
+
+@dataclass
+class Results:
+    """Everything that one run of a benchmark found.
+
+    Attributes:
+        bench: The subject: layers, models, ...
+        environment: The machine and the versions.
+        records: The measurements.
+        ceilings: The most that the device does per second, where work is compared with it.
+    """
+
+    bench: str
+    environment: dict[str, Any]
+    records: list[Record]
+    ceilings: Ceilings | None = None
+
+    def save(self, path: Path) -> None:
+        """Writes a file with a record per line, so that a change of results reads well in a diff."""
+        ceilings = self.ceilings and asdict(self.ceilings)
+        head = {"schema": SCHEMA, "bench": self.bench, "environment": self.environment, "ceilings": ceilings}
+        lines = ",\n".join("    " + json.dumps(record.to_dict()) for record in self.records)
+        text = json.dumps(head, indent=2).removesuffix("\n}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'{text},\n  "records": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """Reads a file; refuses one that is not whole or of another schema."""
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not a whole result file: {error}") from None
+        schema = data.get("schema") if isinstance(data, dict) else None
+        if schema != SCHEMA:
+            raise ValueError(f"{path} must be a result file of schema {SCHEMA}, got schema {schema}")
+        try:
+            records = [Record.from_dict(entry) for entry in data["records"]]
+            ceilings = data["ceilings"] and Ceilings(**data["ceilings"])
+            return cls(data["bench"], data["environment"], records, ceilings)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} holds no results of a benchmark: {error!r}") from None
 
 
 def geometric_mean(values: Sequence[float], weights: Sequence[float] | None = None) -> float:
     weights = [1.0] * len(values) if weights is None else weights
     return math.exp(sum(w * math.log(v) for v, w in zip(values, weights, strict=True)) / sum(weights))
+
+
+def reasons(records: Sequence[Record]) -> list[str]:
+    """Why implementations have no time, each reason once with the number of records it holds for."""
+    found: dict[str, int] = {}
+    for r in records:
+        if r.reason:
+            line = f"- {r.implementation}, {r.pass_}, {r.dtype}: {r.reason}"
+            found[line] = found.get(line, 0) + 1
+    return [f"{line} ({n} times)" if n > 1 else line for line, n in sorted(found.items())]
+
+
+# The clock
 
 
 def measure(
@@ -153,22 +233,29 @@ def _burst(call: Callable[[], object], seconds: float, synchronize: Callable[[],
     times: list[float] = []
     deadline = time.perf_counter() + seconds
     while True:
-        synchronize()
-        start = time.perf_counter()
-        call()
-        synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
+        times.append(elapsed_ms(call, synchronize))
         if time.perf_counter() > deadline:
             return times[1:] or times
 
 
-def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
+def elapsed_ms(call: Callable[[], object], synchronize: Callable[[], None]) -> float:
+    """Milliseconds of one call."""
+    synchronize()
+    start = time.perf_counter()
+    call()
+    synchronize()
+    return 1e3 * (time.perf_counter() - start)
+
+
+# The machine
+
+
+def environment(device: torch.device) -> dict[str, Any]:
     """The machine and the versions, with nothing in it that names a person or a path."""
-    device = torch.device(device)
     return {
         "device": device_name(device),
         "device_type": device.type,
-        "driver": driver_version() if device.type == "cuda" else None,
+        "driver": _command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "load_before": load_average(),
@@ -184,10 +271,12 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
 
 
 def prepare_process(threads: int | None = None) -> None:
-    """Threads as asked for, and a warning if the machine is busy.
+    """Threads as asked for, no warnings about missing GPUs and uncompiled calls, and one if the machine is busy.
 
     Torch's threads wait for each other in a spin: one more busy process can make a short call 50 times as long.
     """
+    warnings.filterwarnings("ignore", module=r"(torch|natten)\b")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if threads is not None:
         torch.set_num_threads(threads)
     load = load_average()
@@ -196,7 +285,7 @@ def prepare_process(threads: int | None = None) -> None:
 
 
 def load_average() -> float | None:
-    """Of the last minute; a machine that did something else gives no honest times."""
+    """Load of the last minute: with more to do a machine gives no honest times."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
@@ -204,76 +293,10 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
-def driver_version() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
-
-
-def default_path(device: str | torch.device, bench: str) -> Path:
-    """Where a benchmark keeps its results: one folder per device, in a checkout or else where the command runs."""
-    name = re.sub(r"\((r|tm)\)", "", device_name(torch.device(device)).lower())
-    results = FOLDER / "results" if (ROOT / "pyproject.toml").exists() else Path("bench-results")
-    return results / re.sub(r"[^a-z0-9]+", "-", name).strip("-") / f"{bench}.json"
-
-
-def save(path: Path, env: Mapping[str, Any], records: Sequence[Record], **more: Any) -> None:
-    """Writes one result file; a record per line, so that a change of results reads well in a diff."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    head = {"schema": SCHEMA, "environment": env, **more}
-    lines = ",\n".join("    " + json.dumps(record.to_dict()) for record in records)
-    text = json.dumps(head, indent=2).removesuffix("\n}")
-    path.write_text(f'{text},\n  "records": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
-
-
-def load(path: Path) -> dict[str, Any]:
-    """Reads a result file; refuses one that is not whole or of another schema."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a whole result file: {error}") from None
-    schema = data.get("schema") if isinstance(data, dict) else None
-    if schema != SCHEMA:
-        raise ValueError(f"{path} must be a result file of schema {SCHEMA}, got schema {schema}")
-    return data
-
-
-def load_records(path: Path) -> list[Record]:
-    """The records of a result file."""
-    try:
-        return [Record.from_dict(entry) for entry in load(path)["records"]]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no records of a benchmark: {error!r}") from None
-
-
-def shown(path: Path) -> str:
-    """A path for a message: within the repository relative to it."""
-    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
-
-
-def verdict_line(verdict: Mapping[str, Any]) -> str:
-    """A target, what was reached, and whether that meets it."""
-    state = {True: "met", False: "MISSED", None: "not measured"}[verdict["met"]]
-    value = "" if verdict["value"] is None else f"{verdict['value']:.2f}"
-    return f"{verdict['target']:<80} {value:>8}  {state}".rstrip()
-
-
-def milliseconds(ms: float) -> str:
-    """Three digits, whether of a kernel or of a training step."""
-    return f"{ms:.{max(0, 2 - math.floor(math.log10(ms)))}f}" if ms > 0 else "0"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain text: the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
-        return "  ".join(cells).rstrip()
-
-    return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
+def results_folder(device: torch.device) -> Path:
+    """The folder of a device's results: in a checkout, or else where the command runs."""
+    results = FOLDER / "results" if (FOLDER.parent / "pyproject.toml").exists() else Path("bench-results")
+    return results / slug(device_name(device).replace("(R)", ""))
 
 
 def _version(distribution: str) -> str | None:
@@ -285,14 +308,15 @@ def _version(distribution: str) -> str | None:
 
 def _commit() -> str | None:
     """The commit, marked if the tree differs from it; None outside a repository."""
+    head = _command("git", "rev-parse", "HEAD")
+    sources = [f":/{name}" for name in ("dinat_triton", "kernels", "models", "bench")]
+    changed = _command("git", "status", "--porcelain", "--untracked-files=no", "--", *sources)
+    return head and head + ("+changes" if changed else "")
 
-    def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=FOLDER, capture_output=True, text=True, check=True).stdout.strip()
 
+def _command(*words: str) -> str | None:
+    """What a program prints, or None if it cannot run."""
     try:
-        changed = git(
-            "status", "--porcelain", "--untracked-files=no", "--", ":/dinat_triton", ":/kernels", ":/models", ":/bench"
-        )
-        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+        return subprocess.run(words, cwd=FOLDER, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -1,188 +1,218 @@
-"""Microseconds of Python in a call of the Triton backend, before anything is launched; on any machine.
+"""Microseconds of Python in a call of the `triton` backend, before anything is launched; on any machine.
 
-Triton is stopped where it would launch, so what remains is ours: `na2d` with its checks, the op with dispatch and
-autograd, and the kernels' host code with its look-ups and new tensors. Triton's own launcher comes on top of that, and
-is in `launched`, which needs a GPU. Without one the tensors are a CPU's, and the kernels are told that it is all right.
+Kernels are stand-ins that do nothing, so what remains is ours: `na2d` with its checks, the op with dispatch and
+autograd, and the host code with its look-ups and new tensors. The tensors are a CPU's. With a GPU, calls with real
+launches are timed as well: the host's time, while the GPU works the launches off.
+
+`--new-sizes` times what a detector pays when an image comes in a size that it has not seen: plans, index arrays and
+launches of all its layers, forward and backward. Compiling is not counted: sizes share their kernels.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+import random
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
-from unittest import mock
+from dataclasses import asdict, replace
+from math import ceil
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from dinat_triton import functional, modules, ops
-from dinat_triton.bench import compare, harness
-from dinat_triton.bench.harness import BACKWARD, FORWARD, Record, Timing
-from dinat_triton.bench.ops import problem_of
-from dinat_triton.bench.outputs import check_outputs
-from dinat_triton.bench.peers import Inputs, Problem
-from dinat_triton.bench.selection import LAYERS_HELP, find_device, find_layers
+from dinat_triton.bench import harness
+from dinat_triton.bench.harness import Record, Results, Timing
+from dinat_triton.bench.layers import prepare_ours
+from dinat_triton.bench.peers import Inputs
+from dinat_triton.commands.options import LAYERS_HELP, check_positive, find_layers
+from dinat_triton.commands.tables import table
 from dinat_triton.layers import Layer
+from dinat_triton.work import BACKWARD, FORWARD, FORWARD_BACKWARD
 
-# A layer of one launch each way, and one that launches tables and several passes.
+if TYPE_CHECKING:
+    from dinat_triton.kernels.configs import Preset
+
+# Layers of one launch each way, and of tables and several passes.
 LAYERS = ("dinat_mini@224:14x14*",)
 DTYPE = torch.bfloat16
-TARGET_US = 15.0
-SECONDS = 1.0
 # A forward that autograd records, to go back through it.
 RECORDED = "recorded forward"
 # From the outermost: each holds those behind it.
-NA2D, MODULE, OP, LAUNCH, LAUNCHED = "na2d", "module", "op", "launch", "launched"
-
-
-@contextmanager
-def nothing_launched() -> Iterator[None]:
-    """Lets the backend run up to its launches, with tensors of any device."""
-    import triton
-    from triton.runtime import JITFunction
-
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError("the kernels are interpreted, so there is no launch to stop at: unset TRITON_INTERPRET")
-    from dinat_triton.kernels import prepare
-
-    class Compiled:
-        """Stands in for a compiled kernel."""
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            return lambda *args: None
-
-    with triton.knobs.runtime.scope(), mock.patch.object(JITFunction, "run", return_value=Compiled()):
-        triton.knobs.runtime.interpret = True
-        prepare.forget()
-        try:
-            yield
-        finally:
-            prepare.forget()
-
-
-def measure_layer(model: str, layer: Layer, device: torch.device, seconds: float) -> list[Record]:
-    """Every level of code, forward and backward, taking turns."""
-    problem = problem_of(model, layer, batch=1)
-    inputs = Inputs.of(problem, DTYPE, device, requires_grad=True)
-    with nothing_launched():
-        forward, backward = calls_of(problem, inputs)
-        with torch.no_grad():
-            found = {FORWARD: harness.measure(forward, budget=seconds)}
-        found[RECORDED] = harness.measure(forward, budget=seconds)
-        found[BACKWARD] = harness.measure(backward, budget=seconds)
-    if device.type == "cuda":
-        for pass_, timing in launched(problem, inputs, seconds).items():
-            found[pass_][LAUNCHED] = timing
-    return [
-        Record(problem.to_dict(), name, pass_, "bfloat16", timing=timing)
-        for pass_, timings in found.items()
-        for name, timing in timings.items()
-    ]
-
+NA2D, MODULE, OP, HOST, LAUNCHED = LEVELS = ("na2d", "module", "op", "host", "launched")
+NEW, SEEN = "new size", "seen before"
+# Plans for sm_90, whose GPUs are the fastest, and wait the longest.
+ARCH, BACKBONE = "sm_90", "dinat_mini@coco"
+IMAGE = (800, 1216)  # of which the backbone's maps are
+IMAGE_SIDES = range(480, 1345, 32)
 
 Calls = dict[str, Callable[[], object]]
 
 
-def calls_of(problem: Problem, inputs: Inputs) -> tuple[Calls, Calls]:
-    """The calls of each level, forward and backward."""
+class Nothing:
+    """A stand-in for a compiled kernel."""
+
+    function = packed_metadata = None
+
+    def launch_metadata(self, *_: object) -> None:
+        return None
+
+    def run(self, *_: object) -> None:
+        return None
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self.run
+
+
+class AnyKernel(dict):
+    """Triton's cache of compiled kernels, as if every one were in it."""
+
+    def get(self, key: object, default: object = None) -> Nothing:
+        return Nothing()
+
+
+@contextmanager
+def nothing_launched() -> Iterator[None]:
+    """Lets the backend run up to its launches, with tensors of the CPU. Meant for a process of its own."""
+    import triton
+
+    from dinat_triton.offline.inspect import KERNELS, pretending
+    from dinat_triton.offline.targets import find_target
+
+    with pretending(find_target(ARCH)), triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = True  # or else tensors of the CPU would be refused
+        device = triton.runtime.driver.active.get_current_device()
+        for kernel in KERNELS.values():
+            kernel.device_caches[device] = (AnyKernel(), *kernel.create_binder()[1:])
+        try:
+            yield
+        finally:
+            for kernel in KERNELS.values():
+                del kernel.device_caches[device]
+
+
+def host_calls(layer: Layer, inputs: Inputs, preset: Preset | None = None) -> tuple[Callable, Callable]:
+    """The forward of the host code, and its backward, which takes what the forward returned."""
     from dinat_triton.kernels import attention
 
-    window = functional.window_of(len(problem.shape), problem.kernel_size, 1, problem.dilation, False)
+    qkv, scale = [inputs.query, inputs.key, inputs.value], layer.dim**-0.5
+    grads = [torch.empty_like(x) for x in qkv]
+
+    def forward() -> tuple[Tensor, Tensor]:
+        return attention.forward(qkv, inputs.rpb, None, layer.geometry, scale, 0.0, True, preset)
+
+    def backward(saved: tuple[Tensor, Tensor]) -> object:
+        out, lse = saved
+        given = (qkv, inputs.rpb, None, out, lse, inputs.grad_out, None)
+        return attention.backward(*given, layer.geometry, scale, 0.0, grads, preset)
+
+    return forward, backward
+
+
+def calls_of(layer: Layer, inputs: Inputs) -> tuple[Calls, Calls]:
+    """The calls of each level, forward and backward."""
+    window = functional.window_of(len(layer.shape), layer.kernel_size, 1, layer.dilation, False)
     qkv = [inputs.query, inputs.key, inputs.value]
     packed = torch.stack(qkv, dim=-3).detach().requires_grad_()
-
-    def na2d() -> Tensor:
-        return public(problem, inputs)
 
     def module() -> Tensor:
         return modules.attend(packed, window, inputs.rpb, None, 0.0)
 
-    with recorded(attention, "forward") as of_forward, recorded(attention, "backward") as of_backward:
-        out, from_packed = na2d(), module()
-        torch.autograd.grad(out, inputs.leaves, inputs.grad_out, retain_graph=True)
+    na2d = prepare_ours(layer, inputs, "triton").call
+    host, host_backward = host_calls(layer, inputs)
+    out, from_packed, saved = na2d(), module(), host()
+    leaves = (packed, inputs.rpb)
     forward: Calls = {
         NA2D: na2d,
         MODULE: module,
         OP: lambda: ops.na(qkv, window, inputs.rpb, None, 0.0, False, "triton"),
-        LAUNCH: lambda: attention.forward(*of_forward[0]),
+        HOST: host,
     }
-    leaves = (packed, inputs.rpb)
     backward: Calls = {
         NA2D: lambda: torch.autograd.grad(out, inputs.leaves, inputs.grad_out, retain_graph=True),
         MODULE: lambda: torch.autograd.grad(from_packed, leaves, inputs.grad_out, retain_graph=True),
-        LAUNCH: lambda: attention.backward(*of_backward[0]),
+        HOST: lambda: host_backward(saved),
     }
     return forward, backward
 
 
-def public(problem: Problem, inputs: Inputs) -> Tensor:
-    options: dict[str, Any] = {"dilation": problem.dilation, "rpb": inputs.rpb, "backend": "triton"}
-    return functional.na2d(inputs.query, inputs.key, inputs.value, problem.kernel_size, **options)
+def timed(call: Callable[[], object], seconds: float) -> Timing:
+    from torch.utils.benchmark import Timer
+
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return Timing.of([1e3 * each for each in timer.blocked_autorange(min_run_time=seconds).times])
 
 
-@contextmanager
-def recorded(module: Any, name: str) -> Iterator[list[tuple]]:
-    """Collects the arguments that a function of a module is called with."""
-    function, found = getattr(module, name), []
+def layer_records(layer: Layer, seconds: float) -> list[Record]:
+    """Every level of code, forward and backward."""
+    found: dict[tuple[str, str], Timing] = {}
+    with nothing_launched():
+        forward, backward = calls_of(layer, Inputs.of(layer, DTYPE, requires_grad=True))
+        for level, call in forward.items():
+            with torch.no_grad():
+                found[FORWARD, level] = timed(call, seconds)
+            found[RECORDED, level] = timed(call, seconds)
+        for level, call in backward.items():
+            found[BACKWARD, level] = timed(call, seconds)
+    if torch.cuda.is_available():
+        found |= launched(layer, seconds)
+    return [Record(asdict(layer), level, pass_, "bfloat16", timing) for (pass_, level), timing in found.items()]
 
-    def record(*arguments: Any) -> Any:
-        found.append(arguments)
-        return function(*arguments)
 
-    with mock.patch.object(module, name, record):
-        yield found
-
-
-def launched(problem: Problem, inputs: Inputs, seconds: float) -> dict[str, Timing]:
+def launched(layer: Layer, seconds: float) -> dict[tuple[str, str], Timing]:
     """The host's time with launches, which the GPU works off meanwhile."""
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return public(problem, inputs)
-
-    out = public(problem, inputs)
+    inputs = Inputs.of(layer, DTYPE, "cuda", requires_grad=True)
+    call = prepare_ours(layer, inputs, "triton").call
+    out = call()
 
     def backward() -> object:
         return torch.autograd.grad(out, inputs.leaves, inputs.grad_out, retain_graph=True)
 
-    for call in (forward, backward):
-        call()
-    torch.cuda.synchronize()
-    return harness.measure({FORWARD: forward, BACKWARD: backward}, budget=seconds)
+    with torch.no_grad():
+        forward = harness.measure({LAUNCHED: call}, budget=seconds)[LAUNCHED]
+    found = {(FORWARD, LAUNCHED): forward}
+    for pass_, each in ((RECORDED, call), (BACKWARD, backward)):
+        found[pass_, LAUNCHED] = harness.measure({LAUNCHED: each}, budget=seconds)[LAUNCHED]
+    return found
 
 
-# What was found
+# New image sizes
 
 
-def report(records: Sequence[Record]) -> str:
-    """Microseconds of whole calls, and how they divide among the layers of code."""
-    cells: dict[tuple[str, str, str], dict[str, float]] = {}
-    titles = {r.cell: r.title for r in records}
-    for r in records:
-        if r.timing:
-            cells.setdefault(r.cell, {})[r.implementation] = 1e3 * r.timing.median
-    rows = [[titles[key], *(f"{us:.1f}" if us is not None else "-" for us in split_up(us_of))]
-            for key, us_of in cells.items()]  # fmt: skip
-    header = ["us", NA2D, MODULE, "= functional", "+ op", "+ launch", LAUNCHED]
-    return harness.table(header, rows)
+def size_records(count: int) -> list[Record]:
+    """All distinct layers of a detection backbone on images of random new sizes, and on the same sizes again."""
+    sizes = random.Random(0).sample([(h, w) for h in IMAGE_SIDES for w in IMAGE_SIDES], count + 1)
+    found: dict[str, list[float]] = {NEW: [], SEEN: []}
+    with nothing_launched():
+        step_of(IMAGE)()  # what the first call of a process takes is no matter of its size
+        for size in tqdm(sizes, "sizes", disable=None):
+            for times in found.values():
+                times.append(harness.elapsed_ms(step_of(size), lambda: None))
+    problem: dict[str, Any] = {"layers": BACKBONE, "arch": ARCH, "sizes": count}
+    return [Record(problem, name, FORWARD_BACKWARD, "bfloat16", Timing.of(times)) for name, times in found.items()]
 
 
-def split_up(us: dict[str, float]) -> list[float | None]:
-    """Whole calls, then na2d's share of each layer of code; in a backward functional has none."""
-    op = us.get(OP, us[NA2D])
-    return [us[NA2D], us[MODULE], us[NA2D] - op, op - us[LAUNCH], us[LAUNCH], us.get(LAUNCHED)]
+def step_of(image: tuple[int, int]) -> Callable[[], None]:
+    """Forward and backward of every distinct layer of the backbone, up to the launches."""
+    from dinat_triton.kernels.configs import Preset
+    from dinat_triton.offline.targets import find_target
 
+    preset = Preset(find_target(ARCH).architecture)
+    prepared = []
+    for layer in find_layers([BACKBONE]):
+        stride = IMAGE[0] // layer.shape[0]
+        spans = [k * d for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+        shape = tuple(max(ceil(side / stride), span) for side, span in zip(image, spans, strict=True))
+        resized = replace(layer, shape=shape)
+        prepared.append(host_calls(resized, Inputs.of(resized, DTYPE), preset))
 
-def judge(records: Sequence[Record]) -> list[dict[str, Any]]:
-    verdicts = []
-    for r in records:
-        if r.implementation in (NA2D, MODULE) and r.timing:
-            us = 1e3 * r.timing.median
-            name = f"{r.implementation} {r.pass_} at most {TARGET_US:g} us: {r.problem['name']}"
-            verdicts.append({"target": name, "value": round(us, 2), "met": us <= TARGET_US})
-    return verdicts
+    def step() -> None:
+        for forward, backward in prepared:
+            backward(forward())
+
+    return step
 
 
 # The command
@@ -191,27 +221,31 @@ def judge(records: Sequence[Record]) -> list[dict[str, Any]]:
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", nargs="+", default=list(LAYERS), metavar="LAYERS",
                         help=f"{LAYERS_HELP} (default: {' '.join(LAYERS)})")  # fmt: skip
-    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for each level (default: 1)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="keep the results")
-    parser.add_argument("--strict", action="store_true", help="exit with 1 if a target is missed")
-    compare.add_option(parser)
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each level (default: 1)")
+    parser.add_argument("--new-sizes", type=int, metavar="N", help=f"instead, all layers of {BACKBONE} on images of N "
+                        "new sizes")  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> int:
-    """Returns 1 if that was asked for and a target is missed."""
-    if args.compare:
-        return compare.compare_files(*args.compare)
-    if args.seconds <= 0:
-        raise ValueError(f"--seconds must be positive, got {args.seconds}")
-    device, layers = find_device(args.device), find_layers(args.layers)
-    check_outputs(file=args.out)
-    harness.prepare_process()
-    env = harness.environment(device)
-    records = [r for model, layer in layers for r in measure_layer(model, layer, device, args.seconds)]
-    verdicts = judge(records)
-    print(report(records) + "\n\n" + "\n".join(harness.verdict_line(v) for v in verdicts))
-    if args.out is not None:
-        harness.save(args.out, env, records, targets=verdicts)
-        print(f"\nWrote {harness.shown(args.out)}")
-    return int(args.strict and not all(v["met"] for v in verdicts))
+def run(args: argparse.Namespace) -> Results:
+    import triton
+
+    check_positive(args, "seconds", "new_sizes")
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("the kernels are interpreted, so there is no launch to stop at: unset TRITON_INTERPRET")
+    layers = find_layers(args.layers)
+    environment = harness.environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if args.new_sizes:
+        return Results("overhead", environment, size_records(args.new_sizes))
+    records = [record for layer in layers for record in layer_records(layer, args.seconds)]
+    return Results("overhead", environment, records)
+
+
+def report(results: Results) -> str:
+    """Microseconds of whole calls, and of the levels of code within them."""
+    cells: dict[str, dict[str, float]] = {}
+    for r in results.records:
+        if r.timing:
+            cells.setdefault(r.title, {})[r.implementation] = 1e3 * r.timing.median
+    names = dict.fromkeys(name for us in cells.values() for name in us)
+    rows = [[title, *(f"{us[name]:.1f}" if name in us else "-" for name in names)] for title, us in cells.items()]
+    return table(["us, in the median", *names], rows)

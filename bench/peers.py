@@ -1,13 +1,11 @@
-"""The problems of the benchmarks, and what others offer for them. Nothing here imports dinat_triton."""
+"""What others offer for the attention layers. Nothing here calls dinat_triton."""
 
 from __future__ import annotations
 
 import importlib
-import logging
 import math
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,42 +14,12 @@ import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-
-@dataclass(frozen=True)
-class Problem:
-    """One layer. `weight` is how often the model has it."""
-
-    model: str
-    name: str
-    shape: tuple[int, ...]
-    heads: int
-    dim: int
-    kernel_size: tuple[int, ...]
-    dilation: tuple[int, ...]
-    batch: int = 1
-    weight: int = 1
-
-    @property
-    def label(self) -> str:
-        return f"{self.model}@{self.name}" + (f" b{self.batch}" if self.batch > 1 else "")
-
-    @property
-    def tokens(self) -> int:
-        return math.prod(self.shape)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, entry: Mapping[str, Any]) -> Problem:
-        """Of a result file, which knows no tuples."""
-        fields: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in entry.items()}
-        return cls(**fields)
+from dinat_triton.layers import Layer
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Tensors of a problem, heads last; those that have gradients are `leaves`."""
+    """Tensors of a layer, heads last; those that have gradients are `leaves`."""
 
     query: Tensor
     key: Tensor
@@ -66,20 +34,19 @@ class Inputs:
     @classmethod
     def of(
         cls,
-        problem: Problem,
+        layer: Layer,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         *,
         requires_grad: bool = False,
-        seed: int = 0,
     ) -> Inputs:
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-        shape = (problem.batch, *problem.shape, problem.heads, problem.dim)
-        bias = normal(problem.heads, *(2 * k - 1 for k in problem.kernel_size))
+        shape = (layer.batch, *layer.shape, layer.heads, layer.dim)
+        bias = normal(layer.heads, *(2 * k - 1 for k in layer.kernel_size))
         query, key, value, bias = (x.requires_grad_(requires_grad) for x in (*(normal(*shape) for _ in range(3)), bias))
         return cls(query, key, value, bias, normal(*shape))
 
@@ -94,24 +61,18 @@ class Attention:
 
 @dataclass(frozen=True)
 class Peer:
-    """A way to compute a problem.
+    """A way to compute a layer.
 
-    `prepare` does once what does not depend on the tensors' values. `obstacle` says why a problem cannot run, or None.
+    `prepare` does once what does not depend on the tensors' values. `obstacle` says why a layer cannot run, or is None.
     What is to be a `graph` is captured as one and replayed.
     """
 
     name: str
-    prepare: Callable[[Problem, Inputs], Attention]
+    prepare: Callable[[Layer, Inputs], Attention]
     obstacle: Callable[[Inputs], str | None] = lambda inputs: None
     has_bias: bool = True
     same_function: bool = True
     graph: bool = False
-
-
-def quiet() -> None:
-    """Keeps the peers' warnings about missing GPUs and uncompiled calls out of a report."""
-    warnings.filterwarnings("ignore", module=r"(torch|natten)\b")
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def _axis(size: int, kernel: int, dilation: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -124,10 +85,10 @@ def _axis(size: int, kernel: int, dilation: int, device: torch.device) -> tuple[
     return members * dilation + group[:, None], members - query[:, None]
 
 
-def neighbors(problem: Problem, device: torch.device) -> tuple[Tensor, Tensor]:
+def neighbors(layer: Layer, device: torch.device) -> tuple[Tensor, Tensor]:
     """Raster indices of each query's keys, and their places in the flattened bias table; `[tokens, keys]`."""
     keys = pairs = torch.zeros(1, 1, dtype=torch.long, device=device)
-    for size, kernel, dilation in zip(problem.shape, problem.kernel_size, problem.dilation, strict=True):
+    for size, kernel, dilation in zip(layer.shape, layer.kernel_size, layer.dilation, strict=True):
         positions, offsets = _axis(size, kernel, dilation, device)
         keys = _outer(keys * size, positions)
         pairs = _outer(pairs * (2 * kernel - 1), offsets + kernel - 1)
@@ -138,10 +99,10 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
     return (a[:, None, :, None] + b[None, :, None, :]).reshape(len(a) * len(b), -1)
 
 
-def prepare_gather(problem: Problem, inputs: Inputs) -> Attention:
+def prepare_gather(layer: Layer, inputs: Inputs) -> Attention:
     """As one first writes it: copy each query's keys and values by advanced indexing, then two einsums."""
-    keys, pairs = neighbors(problem, inputs.query.device)
-    scale = problem.dim**-0.5
+    keys, pairs = neighbors(layer, inputs.query.device)
+    scale = layer.dim**-0.5
 
     def call() -> Tensor:
         query, key, value = (x.flatten(1, -3) for x in (inputs.query, inputs.key, inputs.value))
@@ -152,26 +113,26 @@ def prepare_gather(problem: Problem, inputs: Inputs) -> Attention:
     return Attention(call, inputs.leaves)
 
 
-def prepare_gather_tuned(problem: Problem, inputs: Inputs) -> Attention:
+def prepare_gather_tuned(layer: Layer, inputs: Inputs) -> Attention:
     """The same with the operations that torch runs fastest, above all in the backward: index_select and matmul."""
-    keys, pairs = neighbors(problem, inputs.query.device)
+    keys, pairs = neighbors(layer, inputs.query.device)
     flat_keys, flat_pairs = keys.flatten(), pairs.flatten()
-    scale = problem.dim**-0.5
+    scale = layer.dim**-0.5
 
     def call() -> Tensor:
         query, key, value = (x.flatten(1, -3).transpose(1, 2) for x in (inputs.query, inputs.key, inputs.value))
-        near = (problem.batch, problem.heads, *keys.shape, problem.dim)
+        near = (layer.batch, layer.heads, *keys.shape, layer.dim)
         key, value = (x.contiguous().index_select(2, flat_keys).view(near) for x in (key, value))
-        bias = inputs.rpb.flatten(1).index_select(1, flat_pairs).view(problem.heads, problem.tokens, 1, -1)
+        bias = inputs.rpb.flatten(1).index_select(1, flat_pairs).view(layer.heads, layer.tokens, 1, -1)
         probabilities = ((scale * query.unsqueeze(-2)) @ key.transpose(-1, -2) + bias).softmax(-1)
         return (probabilities @ value).squeeze(-2).transpose(1, 2).reshape(inputs.query.shape)
 
     return Attention(call, inputs.leaves)
 
 
-def prepare_flex(problem: Problem, inputs: Inputs) -> Attention:
+def prepare_flex(layer: Layer, inputs: Inputs) -> Attention:
     """Compiled FlexAttention with index arithmetic in both mods, as its examples do it."""
-    kernel_size, dilation, shape, rpb = problem.kernel_size, problem.dilation, problem.shape, inputs.rpb
+    kernel_size, dilation, shape, rpb = layer.kernel_size, layer.dilation, layer.shape, inputs.rpb
 
     def coordinates(index: Tensor) -> list[Tensor]:
         found = []
@@ -193,17 +154,17 @@ def prepare_flex(problem: Problem, inputs: Inputs) -> Attention:
         # Pairs outside the window are scored before they are masked, so their indices have to be legal too.
         return score + rpb[(h, *((j // d - i // d + k - 1).clamp(0, 2 * k - 2) for i, j, k, d in axes))]
 
-    return _compile_flex(problem, inputs, mask_mod, score_mod)
+    return _compile_flex(layer, inputs, mask_mod, score_mod)
 
 
-def prepare_flex_tuned(problem: Problem, inputs: Inputs) -> Attention:
+def prepare_flex_tuned(layer: Layer, inputs: Inputs) -> Attention:
     """Compiled FlexAttention with tables for what index arithmetic would compute anew for each pair.
 
     Each axis gets a coordinate in which residue classes lie too far apart to see each other: one comparison then
     decides class and window at once, and differences of coordinates index the bias.
     """
-    kernel_size, flat_rpb = problem.kernel_size, inputs.rpb.flatten(1)
-    own, first = _class_coordinates(problem, inputs.query.device)
+    kernel_size, flat_rpb = layer.kernel_size, inputs.rpb.flatten(1)
+    own, first = _class_coordinates(layer, inputs.query.device)
     last = flat_rpb.shape[1] - 1
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -219,30 +180,28 @@ def prepare_flex_tuned(problem: Problem, inputs: Inputs) -> Attention:
             pair = pair * (2 * k - 1) + coordinate[kv] - coordinate[q] + k - 1
         return score + flat_rpb[h, pair.clamp(0, last)]
 
-    return _compile_flex(problem, inputs, mask_mod, score_mod)
+    return _compile_flex(layer, inputs, mask_mod, score_mod)
 
 
-def _class_coordinates(problem: Problem, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+def _class_coordinates(layer: Layer, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
     """Per axis, `[tokens]` each: a token's coordinate, and that of the first key it sees."""
     own: list[Tensor] = []
     first: list[Tensor] = []
-    for axis, (size, kernel, dilation) in enumerate(
-        zip(problem.shape, problem.kernel_size, problem.dilation, strict=True)
-    ):
+    for axis, (size, kernel, dilation) in enumerate(zip(layer.shape, layer.kernel_size, layer.dilation, strict=True)):
         start = _axis(size, kernel, dilation, device)[0][:, 0]
         apart = size + kernel
-        to_tokens = [1] * len(problem.shape)
+        to_tokens = [1] * len(layer.shape)
         to_tokens[axis] = size
         for places, found in ((torch.arange(size, device=device), own), (start, first)):
             coordinate = (places % dilation) * apart + places // dilation
-            found.append(coordinate.view(to_tokens).expand(problem.shape).flatten().int())
+            found.append(coordinate.view(to_tokens).expand(layer.shape).flatten().int())
     return own, first
 
 
-def _compile_flex(problem: Problem, inputs: Inputs, mask_mod: Callable[..., Tensor], score_mod: Any) -> Attention:
+def _compile_flex(layer: Layer, inputs: Inputs, mask_mod: Callable[..., Tensor], score_mod: Any) -> Attention:
     """Compiled here, at the first call."""
-    mask = _block_mask(problem, inputs.query.device, mask_mod)
-    # A fresh cache for each problem: dynamo gives up on a function that it had to compile too often.
+    mask = _block_mask(layer, inputs.query.device, mask_mod)
+    # A fresh cache for each layer: dynamo gives up on a function that it had to compile too often.
     torch.compiler.reset()
     # Without fullgraph, anything that dynamo cannot follow in a mod would quietly run uncompiled.
     attend = torch.compile(flex_attention, dynamic=False, fullgraph=True)
@@ -258,11 +217,11 @@ def _compile_flex(problem: Problem, inputs: Inputs, mask_mod: Callable[..., Tens
     return Attention(call, inputs.leaves)
 
 
-def _block_mask(problem: Problem, device: torch.device, mask_mod: Callable[..., Tensor], block: int = 128) -> BlockMask:
+def _block_mask(layer: Layer, device: torch.device, mask_mod: Callable[..., Tensor], block: int = 128) -> BlockMask:
     """What `create_block_mask` makes, without evaluating every pair of tokens on the way."""
-    keys, _ = neighbors(problem, device)
-    blocks = math.ceil(problem.tokens / block)
-    queries = torch.arange(problem.tokens, device=device)[:, None]
+    keys, _ = neighbors(layer, device)
+    blocks = math.ceil(layer.tokens / block)
+    queries = torch.arange(layer.tokens, device=device)[:, None]
     visible = torch.bincount((queries // block * blocks + keys // block).flatten(), minlength=blocks**2)
     full = (visible == block**2).view(blocks, blocks)
     partial = (visible > 0).view(blocks, blocks) & ~full
@@ -271,16 +230,16 @@ def _block_mask(problem: Problem, device: torch.device, mask_mod: Callable[..., 
         order = choice.int().argsort(dim=1, descending=True, stable=True).int()
         return choice.sum(1, dtype=torch.int32)[None, None], order[None, None]
 
-    sizes = (problem.tokens, problem.tokens)
+    sizes = (layer.tokens, layer.geometry.num_tokens)
     return BlockMask.from_kv_blocks(
         *listed(partial), *listed(full), BLOCK_SIZE=block, mask_mod=mask_mod, seq_lengths=sizes
     )
 
 
-def prepare_sdpa(problem: Problem, inputs: Inputs) -> Attention:
+def prepare_sdpa(layer: Layer, inputs: Inputs) -> Attention:
     """Full attention under a bias that is written out for every pair of tokens, -inf outside the window."""
-    keys, pairs = neighbors(problem, inputs.query.device)
-    heads, tokens = problem.heads, problem.tokens
+    keys, pairs = neighbors(layer, inputs.query.device)
+    heads, tokens = layer.heads, layer.tokens
     keys, pairs = keys.expand(heads, -1, -1), pairs.flatten()
 
     def call() -> Tensor:
@@ -305,10 +264,10 @@ def flex_obstacle(inputs: Inputs) -> str | None:
     return None
 
 
-def prepare_natten(problem: Problem, inputs: Inputs, backend: str | None = None) -> Attention:
+def prepare_natten(layer: Layer, inputs: Inputs, backend: str | None = None) -> Attention:
     """NATTEN as its users call it, without a bias: it has none. Unless one is named it chooses its backend."""
-    function = getattr(importlib.import_module("natten"), f"na{len(problem.shape)}d")
-    options = {"kernel_size": problem.kernel_size, "dilation": problem.dilation, "backend": backend}
+    function = getattr(importlib.import_module("natten"), f"na{len(layer.shape)}d")
+    options = {"kernel_size": layer.kernel_size, "dilation": layer.dilation, "backend": backend}
 
     def call() -> Tensor:
         return function(inputs.query, inputs.key, inputs.value, **options)
@@ -346,7 +305,7 @@ NATTEN_CHECKS = {"cutlass-fna": "cutlass_fna", "hopper-fna": "cutlass_hopper_fna
 SWIN_WINDOW = 7
 
 
-def prepare_swin(problem: Problem, inputs: Inputs) -> Attention:
+def prepare_swin(layer: Layer, inputs: Inputs) -> Attention:
     """timm's WindowAttention of Swin without its projections, as timm runs it: with its bias, on windows of 7x7.
 
     It is another function: each query attends to the 49 keys of its own window, and windows do not overlap. Keys per
@@ -355,7 +314,7 @@ def prepare_swin(problem: Problem, inputs: Inputs) -> Attention:
     """
     from timm.models.swin_transformer import WindowAttention
 
-    attention: Any = WindowAttention(problem.heads * problem.dim, problem.heads, window_size=SWIN_WINDOW)
+    attention: Any = WindowAttention(layer.heads * layer.dim, layer.heads, window_size=SWIN_WINDOW)
     attention.qkv = attention.proj = nn.Identity()
     with torch.no_grad():
         windows = torch.stack([inputs.query, inputs.key, inputs.value], dim=-3).flatten(-3)

@@ -18,13 +18,10 @@ projections in them included.
 from __future__ import annotations
 
 import argparse
-import difflib
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import lru_cache
 from statistics import median, median_low
 from typing import Any
 
@@ -34,13 +31,13 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler import record_function
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
 
 from dinat_triton.bench import harness
-from dinat_triton.bench.harness import Record, Timing
-from dinat_triton.bench.models import BATCH, INFERENCE, TRAINING, step_of
-from dinat_triton.bench.outputs import check_outputs
-from dinat_triton.bench.selection import find_device
-from dinat_triton.progress import ProgressBar
+from dinat_triton.bench.harness import Record, Results, Timing
+from dinat_triton.bench.models import BATCH, INFERENCE, TRAINING, check_models, model_of, step_of
+from dinat_triton.commands.options import check_positive, find_device
+from dinat_triton.commands.tables import milliseconds, table
 
 ATTENTION, LINEAR, NORM, CONVOLUTION, ACTIVATION = "attention", "linear", "norm", "convolution", "activation"
 OPTIMIZER, OTHER, OVERHEAD = "optimizer", "other", "overhead"
@@ -53,50 +50,28 @@ NOT_KERNELS = ("autograd", "torch", "dinat_triton")
 WARMUPS = 2
 
 
-@dataclass(frozen=True)
-class Profile:
-    """A step's seconds, part by part; they add up to `seconds`."""
+def record_of(
+    problem: dict[str, Any], names: tuple[str, str, str], seconds: Sequence[float], tallies: Sequence[Tally]
+) -> Record:
+    """A step's milliseconds part by part, in medians; they add up to the step's.
 
-    model: str
-    pass_: str
-    batch: int
-    dtype: str
-    parts: dict[str, float]
-    operations: int
-    timing: Timing
+    Kernels that took longer than the steps, as on a busy machine, are scaled to fit them.
+    """
+    step = median(seconds)
+    parts = {part: median(tally.parts[part] for tally in tallies) for part in PARTS}
+    scale = min(1.0, step / sum(parts.values()))
+    parts = {part: scale * each for part, each in parts.items()}
+    parts[OVERHEAD] += max(0.0, step - sum(parts.values()))  # what scaling leaves may round below zero
+    timing = Timing.of([1e3 * each for each in seconds])
+    parts_ms = {part: round(1e3 * each, 4) for part, each in parts.items()}
+    operations = median_low(tally.operations for tally in tallies)
+    return Record(problem, *names, timing, also={"parts_ms": parts_ms, "operations": operations})
 
-    @classmethod
-    def measured(
-        cls, model: str, pass_: str, batch: int, dtype: str, seconds: Sequence[float], tallies: Sequence[Tally]
-    ) -> Profile:
-        """Medians. Kernels that took longer than the steps, as on a busy machine, are scaled to fit them."""
-        step = median(seconds)
-        parts = {part: median(tally.parts[part] for tally in tallies) for part in PARTS}
-        scale = min(1.0, step / sum(parts.values()))
-        parts = {part: scale * each for part, each in parts.items()}
-        parts[OVERHEAD] += max(0.0, step - sum(parts.values()))  # what scaling leaves may round below zero
-        timing = Timing.of([1e3 * each for each in seconds])
-        return cls(model, pass_, batch, dtype, parts, median_low(tally.operations for tally in tallies), timing)
 
-    @property
-    def seconds(self) -> float:
-        return sum(self.parts.values())
-
-    @property
-    def shares(self) -> dict[str, float]:
-        return {part: seconds / self.seconds for part, seconds in self.parts.items()}
-
-    def record(self) -> Record:
-        parts = {part: round(1e3 * seconds, 4) for part, seconds in self.parts.items()}
-        return Record({"batch": self.batch}, self.model, self.pass_, self.dtype, self.timing,
-                      also={"parts_ms": parts, "operations": self.operations})  # fmt: skip
-
-    @classmethod
-    def of(cls, record: Record) -> Profile:
-        parts = {part: ms / 1e3 for part, ms in record.also["parts_ms"].items()}
-        assert record.timing is not None
-        names = record.implementation, record.pass_, record.problem["batch"], record.dtype
-        return cls(*names, parts, record.also["operations"], record.timing)
+def shares(record: Record) -> dict[str, float]:
+    """Each part over the whole step."""
+    parts = record.also["parts_ms"]
+    return {part: ms / sum(parts.values()) for part, ms in parts.items()}
 
 
 # Scopes
@@ -219,40 +194,29 @@ def gpu_kernels(event: FunctionEvent) -> list[float]:
 # Measuring
 
 
-def measure(name: str, pass_: str, batch: int, device: torch.device, repeats: int, tick: Callable[[], None]) -> Profile:
+def measure(name: str, pass_: str, batch: int, device: torch.device, repeats: int) -> Record:
     """Profiles a model with random weights; in bfloat16 autocast on a GPU."""
-    import timm
-
-    import dinat_triton  # noqa: F401  (registers the models)
-
-    torch.manual_seed(0)
-    model: Any = timm.create_model(name, device=device).train(pass_ == TRAINING)
-    images = torch.randn(batch, *model.default_cfg["input_size"], device=device)
+    model, images = model_of(name, pass_, batch, str(device))
     on_gpu = device.type == "cuda"
     step = step_of(model, images, pass_, autocast=on_gpu)
-    dtype = "bfloat16" if on_gpu else "float32"
-    return Profile.measured(name, pass_, batch, dtype, *samples(model, step, on_gpu, repeats, tick))
+    names = (name, pass_, "bfloat16" if on_gpu else "float32")
+    return record_of({"batch": batch}, names, *samples(model, step, on_gpu, repeats))
 
 
 def samples(
-    model: nn.Module, step: Callable[[], object], on_gpu: bool, repeats: int, tick: Callable[[], None]
+    model: nn.Module, step: Callable[[], object], on_gpu: bool, repeats: int
 ) -> tuple[list[float], list[Tally]]:
     """Seconds of steps, and the kernels of as many others under the profiler, by turns."""
     synchronize = torch.cuda.synchronize if on_gpu else lambda: None
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     seconds, tallies = [], []
     for turn in range(WARMUPS + repeats):
-        synchronize()
-        start = time.perf_counter()
-        step()
-        synchronize()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(harness.elapsed_ms(step, synchronize) / 1e3)
         if turn >= WARMUPS:
             with scoped(model), profile(activities=activities, acc_events=True) as profiler:
                 step()
                 synchronize()
             tallies.append(Tally.of(profiler.events(), on_gpu))
-        tick()
     return seconds[WARMUPS:], tallies
 
 
@@ -260,66 +224,36 @@ def samples(
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", nargs="+", default=list(MODELS), metavar="MODEL",
+    parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="MODEL",
                         help=f"models of timm, ours among them (default: {' '.join(MODELS)})")  # fmt: skip
     parser.add_argument("--batch", type=int, metavar="N", help="images (default: 1 on a CPU, 64 on a GPU)")
     parser.add_argument("--device", metavar="DEVICE", help="cpu or cuda (default: a GPU if there is one)")
     parser.add_argument("--train", action="store_true", help="a training step instead of an inference")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="profiled steps (default: 5)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="draw the figure: .png, .svg or .pdf")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found")
 
 
-def run(args: argparse.Namespace) -> int:
-    for name in ("batch", "repeats"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
-    check_outputs(args.out, args.json)
-    check_models(args.model)
+def run(args: argparse.Namespace) -> Results:
+    check_positive(args, "batch", "repeats")
+    check_models(args.models)
     device = find_device(args.device)
-    harness.prepare_process()
     environment = harness.environment(device)
-    pass_ = TRAINING if args.train else INFERENCE
-    batch = args.batch or BATCH[device.type]
-    progress = ProgressBar(len(args.model) * (WARMUPS + args.repeats))
-    profiles = [measure(name, pass_, batch, device, args.repeats, partial(progress.step, name)) for name in args.model]
-    progress.close()
-    print(report(profiles, environment["device"]))
-    if args.json is not None:
-        harness.save(args.json, environment, [found.record() for found in profiles])
-    if args.out is not None:
-        from dinat_triton import plots
-        from dinat_triton.bench import figures
-
-        plots.save(figures.plot_profiles(profiles, environment["device"]), args.out)
-    return 0
+    pass_, batch = TRAINING if args.train else INFERENCE, args.batch or BATCH[device.type]
+    names = tqdm(args.models, "models", disable=None)
+    return Results("profile", environment, [measure(name, pass_, batch, device, args.repeats) for name in names])
 
 
-def check_models(names: Sequence[str]) -> None:
-    import timm
-
-    import dinat_triton  # noqa: F401  (registers the models)
-
-    for name in names:
-        if not timm.is_model(name):
-            close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists them"
-            raise ValueError(f"unknown model {name!r}: {hint}")
-
-
-def report(profiles: Sequence[Profile], device: str) -> str:
-    first = profiles[0]
-    parts = parts_in(profiles)
-    header = [f"{first.pass_}, batch {first.batch}, {first.dtype}", "ms", "operations", *parts]
+def report(results: Results) -> str:
+    first, parts = results.records[0], parts_in(results.records)
+    header = [f"{first.pass_}, batch {first.problem['batch']}, {first.dtype}", "ms", "operations", *parts]
     rows = [
-        [found.model, harness.milliseconds(1e3 * found.seconds), f"{found.operations}"]
-        + [f"{found.shares[part]:.1%}" for part in parts]
-        for found in profiles
+        [record.implementation, milliseconds(record.timing.median), f"{record.also['operations']}"]
+        + [f"{shares(record)[part]:.1%}" for part in parts]
+        for record in results.records
+        if record.timing
     ]
-    return f"Shares of a step on {device}\n\n{harness.table(header, rows)}"
+    return table(header, rows)
 
 
-def parts_in(profiles: Sequence[Profile]) -> list[str]:
+def parts_in(records: Sequence[Record]) -> list[str]:
     """The parts that any of them has."""
-    return [part for part in PARTS if any(found.parts[part] > 0 for found in profiles)]
+    return [part for part in PARTS if any(record.also["parts_ms"][part] > 0 for record in records)]

@@ -1,7 +1,6 @@
 """Draws the README's pictures: `python notebooks/figures.py`, or `make figures`.
 
-The page's picture needs Chromium, and the bench's figures need the results that they show. Without them a picture is
-left as it is.
+The page's picture needs Chromium; without it, it is left as it is.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -18,9 +16,6 @@ from matplotlib.figure import Figure
 from dinat_triton import Geometry, Plan, plots
 from dinat_triton import receptive_field as rf
 from dinat_triton.bench import figures, harness
-from dinat_triton.bench.profiling import Profile
-from dinat_triton.bench.roofline import points_in
-from dinat_triton.bench.scaling import Case
 from dinat_triton.explore.server import Server
 
 FOLDER = Path(__file__).parent / "figures"
@@ -52,30 +47,11 @@ FIGURES = {
 }
 
 
-def roofline(path: Path) -> Figure:
-    return figures.plot_roofline(points_in(harness.load_records(path)), harness.load(path)["ceilings"])
-
-
-def profile(path: Path) -> Figure:
-    device = harness.load(path)["environment"]["device"]
-    return figures.plot_profiles([Profile.of(record) for record in harness.load_records(path)], device)
-
-
-def scaling(path: Path) -> Figure:
-    return figures.plot_scaling([Case.of(record) for record in harness.load_records(path)])
-
-
-def memory(path: Path) -> Figure:
-    return figures.plot_memory([Case.of(record) for record in harness.load_records(path)])
-
-
-# The folder of the results, their file, and how they are drawn.
-STORED: dict[str, tuple[str, str, Callable[[Path], Figure]]] = {
-    "scaling": ("offline", "scaling.json", scaling),
-    "memory": ("offline", "scaling.json", memory),
-    "roofline": ("offline", "roofline-sm_90.json", roofline),
-    "roofline_cpu": ("intel-xeon-processor", "roofline.json", roofline),
-    "profile": ("intel-xeon-processor", "profile.json", profile),
+# Result files, and the figures drawn of them.
+STORED = {
+    "roofline": "offline/roofline-sm_90.json",
+    "roofline_cpu": "intel-xeon-processor/roofline.json",
+    "profile": "intel-xeon-processor/profile.json",
 }
 
 
@@ -97,12 +73,8 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     for name, draw in FIGURES.items():
         plots.save(draw(), FOLDER / f"{name}.png")
-    for name, (device, file, redraw) in STORED.items():
-        results = harness.FOLDER / "results" / device / file
-        if results.exists():
-            plots.save(redraw(results), FOLDER / f"{name}.png")
-        else:
-            print(f"{name}.png is left as it is: there is no {harness.shown(results)}")
+    for name, file in STORED.items():
+        plots.save(figures.draw(harness.Results.load(harness.FOLDER / "results" / file)), FOLDER / f"{name}.png")
     photograph(FOLDER / "explore.png")
     print(*(f"{file.name}: {file.stat().st_size / 1024:.0f} KiB" for file in sorted(FOLDER.glob("*.png"))), sep="\n")
 

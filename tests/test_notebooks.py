@@ -18,7 +18,7 @@ PLACES = re.compile(r"/(?:home|root|usr|opt|tmp|work|Users|mnt|var)/|[A-Z]:\\\\|
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path: Path) -> None:
-    if path.stem[:2] in ("03", "05") and find_spec("triton") is None:
+    if path.stem[:2] in ("03", "05", "06") and find_spec("triton") is None:
         pytest.skip("the package triton is not installed")
     notebook = execute(path)
     for cell in notebook.cells:
@@ -38,6 +38,6 @@ def test_stored_notebook_is_clean(path: Path) -> None:
         assert not PLACES.search(output.get("text", "") + str(output.get("data", {}).get("text/plain", "")))
 
 
-def test_there_are_five_and_they_are_small() -> None:
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
+def test_there_are_six_and_they_are_small() -> None:
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06"]
     assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 3 << 20

@@ -4,106 +4,99 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dinat_triton.commands.options import (
+    BATCH_HELP,
+    DTYPES,
+    LAYERS_HELP,
+    add_out,
+    check_names,
+    check_positive,
+    find_device,
+    find_layers,
+)
+from dinat_triton.files import FIGURES, check_target
 
 if TYPE_CHECKING:
-    import torch
+    from dinat_triton.bench.harness import Cell, Results
 
-    from dinat_triton.bench.roofline import Results
-    from dinat_triton.offline.targets import Target
-
-LAYERS = "dinat_mini@224"
+DEFAULT_LAYERS = ("dinat_mini@224",)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    from dinat_triton.bench.selection import LAYERS_HELP
-
-    parser.add_argument("--layers", nargs="+", default=[LAYERS], metavar="LAYERS",
-                        help=f"{LAYERS_HELP} (default: {LAYERS})")  # fmt: skip
-    parser.add_argument("--device", metavar="DEVICE",
-                        help="cpu or cuda: whose plans are taken, and whose ceilings measured unless a file has them "
-                        "(default: that of the results, or a GPU if there is one)")  # fmt: skip
+    parser.add_argument("--results", type=Path, metavar="FILE",
+                        help="times and ceilings, as `dinat-triton bench layers` stores them; without them layers are "
+                        "drawn at their bounds")  # fmt: skip
     parser.add_argument("--arch", help="plan for a GPU that need not be here, such as sm_90; its ceilings are the "
-                        "vendor's unless a file has measured ones")  # fmt: skip
-    parser.add_argument("--results", type=Path, nargs="+", default=[], metavar="FILE",
-                        help="times of ours and of the peers, and ceilings, as `dinat-triton bench` stores them; "
-                        "without any, layers are drawn at their bounds")  # fmt: skip
+                        "vendor's (default: measure this machine's)")  # fmt: skip
+    parser.add_argument("--layers", nargs="+", default=list(DEFAULT_LAYERS), metavar="LAYERS",
+                        help=f"{LAYERS_HELP} (default: {' '.join(DEFAULT_LAYERS)})")  # fmt: skip
     parser.add_argument("--backward", action="store_true",
                         help="the backward; on a CPU, where it is not timed alone, forward and backward")  # fmt: skip
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
-                        help="(default: float32 on a CPU, bfloat16 on a GPU)")  # fmt: skip
-    parser.add_argument("--batch", type=int, metavar="N",
-                        help="images (default: 1 on a CPU, 128 on a GPU; coco: an eighth)")  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="FILE", help="draw the figure: .png, .svg or .pdf")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that the figure shows")
+    parser.add_argument("--dtype", help=f"of {', '.join(DTYPES)} (default: float32 on a CPU, bfloat16 on a GPU)")
+    parser.add_argument("--batch", type=int, help=f"{BATCH_HELP} (default: 1 on a CPU, 128 on a GPU)")
+    add_out(parser, "draw the figure, as .png, .svg or .pdf, or write what it shows, as .json")
 
 
 def run(args: argparse.Namespace) -> int:
-    from dinat_triton.bench import harness, outputs, roofline, selection
+    from dinat_triton.bench import harness, roofline
 
-    if args.batch is not None and args.batch < 1:
-        raise ValueError(f"--batch must be at least 1, got {args.batch}")
-    outputs.check_outputs(args.out, args.json)
-    layers = selection.find_layers(args.layers)
-    results = roofline.Results.load(args.results) if args.results else None
-    device, target = choose_device(args, results)
-    gpu = device.type == "cuda"
-    pass_ = roofline.pass_of(gpu, args.backward)
-    dtype = args.dtype or ("bfloat16" if gpu else "float32")
-    points = roofline.points_of(layers, pass_, dtype, args.batch, device, target)
-    if results is not None:
-        roofline.add_timings(points, results)
-    ceilings = choose_ceilings(results, device, target)
-    print(roofline.report(points, ceilings))
-    if args.json is not None:
-        environment = harness.environment("cpu" if target else device) if results is None else results.environment
-        records = [record for point in points for record in point.records()]
-        harness.save(args.json, environment, records, ceilings=ceilings)
+    _check(args)
+    if args.results:
+        results = roofline.load(args.results)
+        cells = {cell.key for cell in _cells(args, results.environment["device_type"])}
+        results.records = [record for record in results.records if record.cell in cells]
+        if not results.records:
+            raise ValueError(f"{args.results} holds none of the layers that were asked for, at this dtype and batch")
+    else:
+        results = _bounds(args)
+    results = harness.Results("roofline", results.environment, results.records, results.ceilings)
+    print(roofline.report(results))
     if args.out is not None:
-        from dinat_triton import plots
-        from dinat_triton.bench import figures
-
-        plots.save(figures.plot_roofline(points, ceilings), args.out)
+        _write(results, args.out)
+        print(f"wrote {args.out}")
     return 0
 
 
-def choose_device(args: argparse.Namespace, results: Results | None) -> tuple[torch.device, Target | None]:
-    """Whose plans are taken: a device that is here, or an architecture."""
-    import torch
-
-    from dinat_triton.bench.selection import find_device
-
-    device = args.device
-    if results is not None:
-        device = device or results.device_type
-        for option, type_ in (("device", args.device), ("arch", args.arch and "cuda")):
-            if type_ and torch.device(type_).type != results.device_type:
-                raise ValueError(f"--{option} {getattr(args, option)} does not go with results of {results.device}")
-    if args.arch is not None:
-        from dinat_triton.offline.targets import find_target
-
-        if args.device == "cpu":
-            raise ValueError(f"--arch {args.arch} is a GPU's, and --device says cpu: leave one of them out")
-        return torch.device("cuda"), find_target(args.arch)
-    if results is not None and results.device_type == "cuda" and not results.is_of_here:
-        raise ValueError(f"the results are of {results.device}, which is not here: name its architecture with --arch")
-    return find_device(device), None
+def _check(args: argparse.Namespace) -> None:
+    check_positive(args, "batch")
+    check_names("dtype", [args.dtype] if args.dtype else [], DTYPES)
+    if args.out is not None:
+        check_target(args.out, endings=[*FIGURES, ".json"], force=args.force)
+    if args.results and args.arch:
+        raise ValueError("--results and --arch do not go together: a file holds the ceilings of its own device")
 
 
-def choose_ceilings(results: Results | None, device: torch.device, target: Target | None) -> dict[str, Any]:
-    """Those of the results, the vendor's, or measured now; never those of one machine for the times of another."""
-    from dinat_triton.bench import harness
-    from dinat_triton.bench.ceilings import ceilings_of, measure_ceilings
+def _cells(args: argparse.Namespace, kind: str) -> list[Cell]:
+    """The layers that were asked for, in the dtype, batch and pass that were, or that a kind of device has else."""
+    from dinat_triton.bench import harness, layers
+    from dinat_triton.work import FORWARD
 
-    if results is not None and results.ceilings is not None:
-        return results.ceilings
-    if target is not None:
-        return ceilings_of(target.name)
-    if results is not None and not results.is_of_here:
-        threads = results.environment["threads"]
-        raise ValueError(
-            f"{', '.join(results.names)} holds no ceilings, and they cannot be measured here: its times are of "
-            f"{results.device} with {threads} threads"
-        )
-    harness.prepare_process()
-    return measure_ceilings(device)
+    dtype = args.dtype or layers.DEFAULT_DTYPE[kind]
+    pass_ = layers.TRAINING[kind] if args.backward else FORWARD
+    found = find_layers(args.layers, batch=args.batch or layers.DEFAULT_BATCH[kind])
+    return [harness.Cell(layer, dtype, pass_) for layer in found]
+
+
+def _bounds(args: argparse.Namespace) -> Results:
+    """Layers at their bounds: of a GPU by its vendor's figures, or of this machine by measured ones."""
+    from dinat_triton.bench import ceilings, harness, roofline
+    from dinat_triton.offline.targets import find_target
+
+    target = find_target(args.arch) if args.arch else None
+    device = find_device("cpu" if target else None)
+    cells = _cells(args, "cuda" if target else device.type)
+    limits = ceilings.ceilings_of(args.arch) if target else ceilings.measure_ceilings(device)
+    records = [roofline.bound(cell, target or device) for cell in cells]
+    return harness.Results("roofline", harness.environment(device), records, limits)
+
+
+def _write(results: Results, path: Path) -> None:
+    if path.suffix == ".json":
+        results.save(path)
+        return
+    from dinat_triton import plots
+    from dinat_triton.bench import figures
+
+    plots.save(figures.draw(results), path)

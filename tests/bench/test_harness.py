@@ -1,0 +1,88 @@
+"""One schema for all results: what is written can be read again, and nothing else is taken for it."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from dinat_triton.bench import harness
+from dinat_triton.bench.harness import Record, Results, Timing
+from dinat_triton.commands.bench import SUBJECTS
+from dinat_triton.commands.tables import milliseconds
+from dinat_triton.work import FORWARD, Ceilings
+
+PROBLEM = {"name": "dinat_mini@224/7x7-d1", "heads": 16, "batch": 2}
+CEILINGS = Ceilings("measured", "a machine", 1e10, {"float32": 1e11, "bfloat16": 1e12}, 1e9)
+
+
+def record(name: str = "tiled", ms: float | None = 1.0, **more) -> Record:
+    timing = None if ms is None else Timing(ms, 0.9 * ms, 1.1 * ms, 7)
+    return Record(dict(PROBLEM), name, FORWARD, "float32", timing, **more)
+
+
+def test_results_survive_a_file(tmp_path: Path) -> None:
+    records = [record(also={"peak_bytes": 5}), record("flex", None, reason="too old")]
+    results = Results("layers", harness.environment(torch.device("cpu")), records, CEILINGS)
+    results.save(tmp_path / "found.json")
+    assert Results.load(tmp_path / "found.json") == results
+    assert str(Path.home()) not in json.dumps(results.environment)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"schema": 1, "records": []}', "schema 3, got schema 1"),
+        ("[]", "schema 3, got schema None"),
+        ('{"schema": 3, "rec', "not a whole result file"),
+        ('{"schema": 3}', "holds no results"),
+        ('{"schema": 3, "records": [{}]}', "holds no results"),
+    ],
+)
+def test_other_files_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        Results.load(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("path", sorted(harness.FOLDER.glob("results/intel*/*.json")), ids=lambda path: path.stem)
+def test_committed_results_can_be_read(path: Path) -> None:
+    results = Results.load(path)
+    assert results.bench in (*SUBJECTS, "roofline")
+    assert all(record.timing for record in results.records if record.is_ours)
+
+
+def test_percentiles_enclose_the_median() -> None:
+    timing = Timing.of([5.0, 1.0, 2.0, 3.0, 4.0, 100.0])
+    assert (timing.p20, timing.median, timing.p80, timing.calls) == (2.0, 3.5, 5.0, 6)
+
+
+def test_calls_take_turns_until_each_had_its_time() -> None:
+    order: list[str] = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    timings = harness.measure(calls, budget=0.02, slice_s=0.002)
+    turns = 1 + sum(x != y for x, y in pairwise(order))
+    assert turns >= 4
+    # The first call of each turn only warms the caches.
+    assert sum(timing.calls for timing in timings.values()) <= len(order) - turns // 2
+
+
+def test_on_a_gpu_every_sample_of_tritons_timer_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    timer = pytest.importorskip("triton.testing")
+    monkeypatch.setattr(timer, "do_bench", lambda call, **options: [call(), 3.0, 2.0])
+    found = harness.measure_on(torch.device("cuda"), {"a": lambda: 1.0, "b": lambda: 10.0}, budget=0.3)
+    assert {name: (timing.median, timing.calls) for name, timing in found.items()} == {"a": (2.0, 3), "b": (3.0, 3)}
+
+
+def test_means_are_geometric_and_weighted() -> None:
+    assert harness.geometric_mean([2.0, 4.0], [1, 3]) == pytest.approx((2 * 4**3) ** 0.25)
+
+
+@pytest.mark.parametrize(
+    ("ms", "text"), [(0.05312, "0.0531"), (1.0, "1.00"), (9.996, "10.00"), (53.12, "53.1"), (2345.6, "2346"), (0, "0")]
+)
+def test_times_have_three_digits(ms: float, text: str) -> None:
+    assert milliseconds(ms) == text

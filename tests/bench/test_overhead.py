@@ -1,0 +1,49 @@
+"""Microseconds of Python per call: every level is measured, and nothing is launched."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+from dinat_triton import cli, na2d
+from dinat_triton.bench import overhead
+from dinat_triton.bench.harness import Results
+from dinat_triton.bench.overhead import HOST, LAUNCHED, MODULE, NA2D, NEW, OP, RECORDED, SEEN
+from dinat_triton.work import BACKWARD, FORWARD
+
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernels are interpreted")
+
+
+def run(path: Path, *arguments: str) -> Results:
+    assert cli.main(["bench", "overhead", *arguments, "--out", str(path)]) == 0
+    return Results.load(path)
+
+
+def test_nothing_is_launched_and_nothing_stays_changed() -> None:
+    qkv = torch.randn(3, 1, 14, 14, 2, 16)
+    with overhead.nothing_launched():
+        assert na2d(*qkv, 7, dilation=2, backend="triton").shape == qkv.shape[1:]
+    with pytest.raises(RuntimeError, match="cannot run this call"):
+        na2d(*qkv, 7, dilation=2, backend="triton")
+
+
+def test_every_level_of_code_is_measured(tmp_path: Path) -> None:
+    results = run(tmp_path / "o.json", "--layers", "224:14x14*", "--seconds", "0.02")
+    least = {(r.problem["name"], r.pass_, r.implementation): r.timing.p20 for r in results.records if r.timing}
+    for name in ("dinat_mini@224/14x14-d1", "dinat_mini@224/14x14-d2"):
+        for pass_, levels in ((FORWARD, {NA2D, MODULE, OP, HOST}), (RECORDED, {NA2D, MODULE, OP, HOST}),
+                              (BACKWARD, {NA2D, MODULE, HOST})):  # fmt: skip
+            found = {level for layer, of, level in least if (layer, of) == (name, pass_)}
+            assert found - {LAUNCHED} == levels
+            # What is outside holds what is inside, whatever the machine does meanwhile.
+            assert all(least[name, pass_, level] >= 0.8 * least[name, pass_, HOST] for level in levels)
+
+
+def test_new_sizes_cost_more_than_known_ones(tmp_path: Path) -> None:
+    new, seen = run(tmp_path / "o.json", "--new-sizes", "2").records
+    assert (new.implementation, seen.implementation) == (NEW, SEEN)
+    assert new.timing
+    assert seen.timing
+    assert new.timing.calls == seen.timing.calls == 3
+    assert new.timing.median > 3 * seen.timing.median
