@@ -77,7 +77,7 @@ BUGS = {
         ("dropout when evaluating", "self.dropout.p if self.dropout.training else 0.0", "self.dropout.p")],
     "dinat_triton/receptive_field.py test_plots": [("downsampling", "centre = 2 * ", "centre = 1 + 2 * ")],
     "dinat_triton/store.py test_store": [("nearest tuned entry", "min(keys, key=distance)", "max(keys, key=distance)")],
-    "dinat_triton/tuner/search.py tuner/test_search": [("tuner's winner", "key=self.median)", "key=self.median)[::-1]")],
+    "dinat_triton/tuner/search.py tuner/test_search": [("tuner's winner", "key=self.median)", "key=lambda _: 0)")],
     "bench/compare.py bench/test_compare": [("compare's percentiles", "self.b.p20 > s", "self.b.median > s")],
 }
 # fmt: on

@@ -1,0 +1,163 @@
+"""Layers against their peers: the peers compute what we do, or say why not, and the report tells what was found."""
+
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dinat_triton import cli
+from dinat_triton.bench import harness, layers
+from dinat_triton.bench.harness import TIME_IS_UP, Cell, Record, Results, Timing
+from dinat_triton.bench.layers import Bench
+from dinat_triton.bench.peers import PEERS, Attention, Inputs, Peer
+from dinat_triton.layers import Layer
+from dinat_triton.work import FORWARD, FORWARD_BACKWARD, PASSES, Ceilings, Work
+
+CPU = torch.device("cpu")
+CEILINGS = Ceilings("measured", "a machine", 1e10, {"float32": 1e11, "bfloat16": 2e11}, 1e9)
+WHOLE = Layer("tiny@x/14x14-d2", (14, 14), 2, (2, 2), dim=8, batch=2)
+RAGGED = Layer("tiny@x/9x11-d2", (9, 11), 2, (2, 2), kernel_size=(3, 5), dim=8)
+HERE = ("natten", "sdpa", "gather", "gather-tuned", "swin")
+
+
+def measured(layer: Layer, pass_: str, *peers: Peer, **options) -> dict[str, Record]:
+    bench = Bench(CPU, seconds=0.0, **options)
+    records = bench.measure(Cell(layer, "float32", pass_), [*layers.ours(CPU), *peers])
+    return {record.implementation: record for record in records}
+
+
+@pytest.mark.parametrize("layer", [WHOLE, RAGGED], ids=lambda layer: layer.short_name)
+@pytest.mark.parametrize("pass_", PASSES)
+def test_peers_agree_or_say_why_they_cannot_run(layer: Layer, pass_: str) -> None:
+    found = measured(layer, pass_, *(PEERS[name] for name in HERE), PEERS["natten-hopper-fna"])
+    expected = {"natten-hopper-fna": "NATTEN's hopper-fna runs on NVIDIA GPUs only"}
+    if layer == RAGGED:
+        expected["swin"] = "its windows of 7x7 do not tile this map"
+    if pass_ != FORWARD:
+        expected["natten"] = "NATTEN has no backward on the CPU"
+    assert {name: record.reason for name, record in found.items() if record.reason} == expected
+    assert {name for name, record in found.items() if record.timing} == found.keys() - expected.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flex", "flex-tuned"])
+@pytest.mark.parametrize("layer", [WHOLE, RAGGED], ids=lambda layer: layer.short_name)
+def test_compiled_peers_agree(name: str, layer: Layer) -> None:
+    layer = replace(layer, dim=16)
+    assert measured(layer, FORWARD, PEERS[name])[name].reason is None
+    assert measured(layer, FORWARD_BACKWARD, PEERS[name])[name].reason == "FlexAttention has no backward on the CPU"
+
+
+@pytest.mark.parametrize("name", ["gather", "gather-tuned", "sdpa"])
+def test_peers_have_our_gradients(name: str) -> None:
+    inputs = Inputs.of(RAGGED, torch.float64, requires_grad=True)
+    peer, mine = PEERS[name].prepare(RAGGED, inputs), layers.prepare_ours(RAGGED, inputs, "reference")
+    found, expected = (torch.autograd.grad(a.call(), a.leaves, inputs.grad_out) for a in (peer, mine))
+    torch.testing.assert_close(found, expected)
+
+
+def test_swin_attends_within_its_windows_and_has_our_bias() -> None:
+    inputs = Inputs.of(WHOLE, requires_grad=True)
+    attention = PEERS["swin"].prepare(WHOLE, inputs)
+    (grad,) = torch.autograd.grad(attention.call().flatten(1, 2)[0, 0].sum(), attention.leaves[0])
+    assert (grad.abs().sum((1, 2)) > 0).tolist() == [True] + [False] * 7
+    # On a map of one window, dilation 1, both are the same function.
+    one = Layer("tiny@x/7x7-d1", (7, 7), 2, (1, 1), dim=8, batch=3)
+    inputs = Inputs.of(one)
+    found, expected = PEERS["swin"].prepare(one, inputs), layers.prepare_ours(one, inputs, "tiled")
+    torch.testing.assert_close(found.call(), expected.call())
+
+
+def planted(call) -> Peer:
+    return Peer("planted", lambda layer, inputs: Attention(lambda: call(inputs), inputs.leaves))
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda inputs: inputs.value + 1, "differs from ours by"),
+        (lambda inputs: inputs.value * torch.nan, "differs from ours by nan"),
+        (lambda inputs: 1 // 0, "ZeroDivisionError: "),
+    ],
+)
+def test_what_is_wrong_or_fails_is_not_timed_and_stops_nobody(call, reason: str) -> None:
+    found = measured(WHOLE, FORWARD, planted(call), PEERS["gather"])
+    assert found["planted"].timing is None
+    assert reason in str(found["planted"].reason)
+    assert found["gather"].timing
+
+
+def test_after_the_deadline_nothing_is_begun() -> None:
+    found = measured(WHOLE, FORWARD, PEERS["gather"], deadline=time.monotonic() - 1)
+    assert {record.reason for record in found.values()} == {TIME_IS_UP}
+    assert not any(record.failed for record in found.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_graphs_are_refused_without_a_gpu() -> None:
+    graph = replace(planted(lambda inputs: inputs.value), graph=True, same_function=False)
+    assert measured(WHOLE, FORWARD, graph)["planted"].reason == "RuntimeError: CUDA graphs need a GPU"
+
+
+# What is reported
+
+
+def timed(name: str, ms: float | None, layer: Layer = WHOLE, **more) -> Record:
+    timing = None if ms is None else Timing(ms, ms, ms, 9)
+    return Cell(layer, "float32", FORWARD).record(name, timing=timing, **more)
+
+
+def test_fractions_are_of_the_largest_floor_and_of_all_products() -> None:
+    work = Work(49, 98, 2e9, 3e9, 4e9, 6e9, 8e9, 9e9)
+    mine = timed("triton", 1e4, also={"work": asdict(work)})
+    assert layers.fractions(mine, CEILINGS, "cuda") == pytest.approx((0.4, 0.006, 0.002))
+    slow = replace(CEILINGS, copy_bytes_per_s=1e9, exps_per_s=1e10)
+    assert layers.fractions(mine, slow, "cuda")[0] == pytest.approx(0.3)
+    assert layers.fractions(mine, slow, "cpu")[0] == pytest.approx(0.04)  # the layer lies in a cache
+
+
+def test_means_weigh_each_layer_as_often_as_the_model_has_it() -> None:
+    often = replace(WHOLE, name="tiny@x/7x7-d1", count=3)
+    records = [timed("tiled", 1.0), timed("gather", 2.0), timed("tiled", 1.0, often), timed("gather", 4.0, often),
+               timed("flex", 8.0, often)]  # fmt: skip
+    (means,) = layers.summarize(records).values()
+    assert means == {"gather": f"{(2 * 4**3) ** 0.25:.2f}x", "flex": "8.00x (1 of 2)"}
+
+
+def test_committed_means_are_those_of_the_documentation() -> None:
+    means = layers.summarize(Results.load(harness.FOLDER / "results" / "intel-xeon-processor" / "cpu.json").records)
+    page = (harness.FOLDER.parent / "docs" / "benchmarks.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith("| 384, float32, forward |")).split("|")[2:-1]
+    found = means["dinat_mini@384 b1 float32 forward"]
+    for shown, name in zip(row, ("flex", "flex-tuned", "natten", "gather", "gather-tuned"), strict=True):
+        assert float(shown.strip(" x")) == pytest.approx(float(found[name].split("x")[0]), abs=0.06)
+
+
+def test_the_command_measures_prints_and_keeps(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "measure_ceilings", lambda device: CEILINGS)
+    out = tmp_path / "layers.json"
+    arguments = [
+        "--layers",
+        "224:7x7*",
+        "--peers",
+        "gather,swin",
+        "--backward",
+        "--device",
+        "cpu",
+        "--seconds",
+        "0.001",
+    ]
+    assert cli.main(["bench", "layers", *arguments, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "dinat_mini@224/7x7-d1 h16 b1 float32 forward+backward" in printed
+    results = Results.load(out)
+    assert results.ceilings == CEILINGS
+    assert {(r.implementation, r.pass_) for r in results.records if r.timing} == {
+        (name, pass_) for name in ("tiled", "gather", "swin") for pass_ in (FORWARD, FORWARD_BACKWARD)
+    }
+    assert cli.main(["bench", "report", str(out)]) == 0
+    assert printed.rpartition("\n\nwrote")[0] in capsys.readouterr().out

@@ -1,0 +1,272 @@
+"""Tuning the kernels: what is pruned, what is trusted, and what ends up in the tables."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import asdict, replace
+from math import inf
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+from dinat_triton import store
+from dinat_triton.kernels import configs
+from dinat_triton.kernels.configs import Architecture, Config, choose_plan, plan_cost, rule
+from dinat_triton.layers import Layer
+from dinat_triton.offline.inspect import Report, Variant
+from dinat_triton.offline.targets import TARGETS, target_of
+from dinat_triton.tuner import kernel_search, model
+from dinat_triton.tuner.kernel_search import PASSES, KernelSearch, shipped
+from dinat_triton.tuner.model import Model, Submit, candidates
+from dinat_triton.tuner.search import Budget, Found, Rejection
+
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernels are interpreted")
+
+TARGET = TARGETS["sm_90"]
+DENSE = Layer("7x7-d1", (7, 7), 2, (1, 1), batch=2)
+SLIDING = Layer("14x14-d1", (14, 14), 2, (1, 1), 3, batch=2)
+START = {name: rule(name, 32, 16) for name in PASSES}
+Seconds = Callable[[str, Config], float | Rejection]
+
+
+@pytest.fixture(autouse=True)
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Few configs, no tables but the rule."""
+    monkeypatch.setattr(configs, "TABLES", tmp_path / "none")
+    monkeypatch.setenv(store.ENVIRONMENT, str(tmp_path / "cache"))
+    monkeypatch.setattr(model, "CHUNKS", (32, 64))
+    monkeypatch.setattr(model, "ONE_CHUNKS", (64,))
+    configs.forget_tables()
+    yield
+    configs.forget_tables()
+
+
+def compiler(judge: Callable[[Variant], dict[str, object]] = lambda variant: {}) -> Submit:
+    """Answers at once what `judge` says of a variant, without compiling it."""
+
+    def submit(variant: Variant) -> Future:
+        fields = {
+            "variant": variant, "target": TARGET.name, "registers": 64, "spills": 0, "shared": 1024, "matrix": {},
+            "exps": 16, "expected_exps": 16.0, "loads": {16: 1}, "chunk_length": 100, "item_length": 100,
+            "chunk_exchange": 0, "item_exchange": 0, "programs": 8,
+        }  # fmt: skip
+        future: Future = Future()
+        future.set_result(Report(**(fields | judge(variant))))
+        return future
+
+    return submit
+
+
+def spilling(warps: int) -> Submit:
+    return compiler(lambda variant: {"complaints": ["spills"] * (variant.options["num_warps"] == warps)})
+
+
+def search(layers: list[Layer], seconds: Seconds | None = None, submit: Submit | None = None, **options) -> Found:
+    budget = options.pop("budget", Budget(1e6))
+    clock_of = None if seconds is None else lambda layer: lambda name, chosen: seconds(name, chosen[name])
+    clock_of = options.pop("clock_of", clock_of)
+    ranked = Model(TARGET, torch.bfloat16, submit or compiler())
+    return KernelSearch(layers, ranked, budget, clock_of, **options).run()[0]
+
+
+def entry_of(found: Found, name: str, layer: Layer | None = None) -> dict[str, int] | None:
+    own = "" if layer is None else f"/{store.geometry_key(layer.geometry)}/{layer.maps}"
+    return found.entries[f"{name}/32/16{own}"]
+
+
+# What is pruned
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_plans_that_cost_too_much_are_no_candidates(name: str) -> None:
+    found = candidates(name, [SLIDING], 16, 32)
+    costs = [plan_cost(choose_plan(SLIDING.geometry, c, 64, name == "key_backward"), 64) for c in found]
+    assert costs == sorted(costs)
+    assert costs[-1] <= model.MOST_COST * costs[0]
+    assert len(found) == len(set(found)) > 8
+    assert 16 not in {config.rows for config in candidates(name, [DENSE], 16, 32)}
+
+
+def test_what_spills_needs_too_much_or_does_not_compile_is_dropped() -> None:
+    def judge(variant: Variant) -> dict[str, object]:
+        if variant.options["num_stages"] == 4:
+            raise RuntimeError("out of registers\nand more")
+        return {1: {"complaints": ["spills 8 bytes"]}, 2: {"shared": 200_000}, 3: {}}[variant.options["num_stages"]]
+
+    def submit(variant: Variant) -> Future:
+        try:
+            return compiler(judge)(variant)
+        except RuntimeError as error:
+            future: Future = Future()
+            future.set_exception(error)
+            return future
+
+    ranked, found = Model(TARGET, torch.bfloat16, submit, shared=100_000), {}
+    for stages in (1, 2, 3, 4, 5):
+        chosen = START | {"forward": Config(stages=stages)}
+        if stages < 5:
+            ranked.want(SLIDING, "forward", chosen, Budget(9))
+        found[stages] = ranked.predict(SLIDING, "forward", chosen)
+    assert isinstance(found.pop(3), float)
+    assert [why.reason for why in found.values() if isinstance(why, Rejection)] == [
+        "spills 8 bytes", "needs 200000 bytes of shared memory, 100000 may be used",
+        "does not compile: RuntimeError: out of registers", "was not compiled within the budget",
+    ]  # fmt: skip
+
+
+def test_where_nothing_is_sound_nothing_is_decided() -> None:
+    found = search([DENSE, SLIDING], submit=compiler(lambda variant: {"complaints": ["spills"]}))
+    assert (found.entries, found.rows) == ({}, [])
+
+
+def test_no_dropped_config_is_run_and_the_best_with_fewer_registers_too() -> None:
+    ran: set[Config] = set()
+    search([SLIDING], lambda name, config: ran.add(config) or 1.0, spilling(2))
+    assert {config.warps for config in ran} == {4, 8}
+    assert min(config.registers for config in ran) < max(config.registers for config in ran) == 255
+
+
+def test_room_for_one_more_program() -> None:
+    """Of 65536 registers three programs of 4 warps could have 170 each, which are given out by eights."""
+    ranked = Model(TARGET, torch.bfloat16, compiler(lambda variant: {"registers": 178, "programs": 2}))
+    chosen = START | {"forward": Config(warps=4)}
+    assert ranked.tightened(SLIDING, "forward", chosen) == chosen["forward"]  # nothing is known of it yet
+    ranked.want(SLIDING, "forward", chosen, Budget(9))
+    assert ranked.tightened(SLIDING, "forward", chosen) == replace(chosen["forward"], registers=168)
+
+
+# What is trusted
+
+
+def test_planted_slow_and_wrong_configs_lose() -> None:
+    """The estimate cannot tell stages apart here, so only the planted times decide."""
+
+    def seconds(name: str, config: Config) -> float | Rejection:
+        if config.stages == 3:
+            return Rejection("wrong out (error 3.0e-01)")
+        return 1.0 if config.stages == 2 else 5.0
+
+    found = search([SLIDING], seconds)
+    rows = {row.name: row for row in found.rows}
+    assert set(rows) == {"forward", "query_backward", "key_backward"}
+    assert all((row.before, row.after, row.choice.stages) == (5.0, 1.0, 2) for row in rows.values())
+    assert any("14x14-d1 h2 b2 forward Config(" in each and "wrong out" in each for each in found.wrong)
+    assert all(entry["stages"] == 2 for entry in found.entries.values() if entry)
+
+
+def test_a_layer_gets_its_own_config_only_if_the_general_one_is_worse_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_search, "GENERAL", 99)
+    best = {DENSE: 64, SLIDING: 32}
+    clock_of = lambda layer: lambda name, chosen: 1.0 if chosen[name].rows == best[layer] else 2.0  # noqa: E731
+    found = search([SLIDING, DENSE], clock_of=clock_of)
+    assert entry_of(found, "forward")["rows"] == 32  # three sliding layers to one dense
+    assert entry_of(found, "forward", SLIDING) is None
+    assert entry_of(found, "forward", DENSE)["rows"] == 64
+    rows = {(row.layer, row.changed) for row in found.rows if row.name == "forward"}
+    assert rows == {(SLIDING, False), (DENSE, True)}
+    alone = search([SLIDING], clock_of=clock_of, general=False)
+    assert alone.entries
+    assert all(key.endswith("/14x14-k7x7-d1x1/4") for key in alone.entries)
+
+
+def test_without_a_gpu_the_estimate_decides_for_the_passes_that_a_layer_has() -> None:
+    """Planted code that is shorter with two warps must win where nothing is run."""
+    judge = compiler(lambda x: {"chunk_length": 10 if x.options["num_warps"] == 2 else 100_000})
+    found = search([DENSE, SLIDING], submit=judge)
+    assert {(row.layer, row.name) for row in found.rows} == {
+        (DENSE, "forward"), (DENSE, "closed_backward"),
+        (SLIDING, "forward"), (SLIDING, "query_backward"), (SLIDING, "key_backward"),
+    }  # fmt: skip
+    assert {row.choice.warps for row in found.rows} == {2}
+    assert all(row.after < row.before for row in found.rows)
+
+
+def test_what_is_in_use_and_must_not_ship_is_named() -> None:
+    configs.user_table("sm_90").update({"forward/32/16": asdict(Config(warps=2))})
+    configs.forget_tables()
+    found = search([DENSE], submit=spilling(2))
+    assert any("forward Config(" in each and "which is in use: spills" in each for each in found.wrong)
+    row = next(row for row in found.rows if row.name == "forward")
+    assert row.before == inf > row.after
+
+
+def test_what_only_says_what_the_rule_says_is_not_shipped() -> None:
+    own = "forward/32/16/7x7-k7x7-d1x1/4"
+    entries = {"forward/32/16": rule("forward", 32, 16), own: rule("forward", 32, 16), "forward/64/16": Config(rows=16)}
+    assert set(shipped(entries)) == {own, "forward/64/16"}
+
+
+# The budget
+
+
+def test_the_budget_is_kept_and_what_was_found_within_it_too() -> None:
+    now = [0.0]
+
+    def seconds(name: str, config: Config) -> float:
+        now[0] += 1.0
+        return 5.0 if config.stages == 1 else 1.0
+
+    found = search([SLIDING, DENSE], seconds, budget=Budget(150, lambda: now[0]))
+    assert now[0] <= 151
+    assert SLIDING in {row.layer for row in found.rows}
+    spent = now[0]
+    found = search([SLIDING, DENSE], seconds, budget=Budget(1e-6))
+    assert (found.entries, found.unreached, now[0]) == ({}, [SLIDING, DENSE], spent)
+
+
+def test_gpus_that_the_model_does_not_know() -> None:
+    here = Architecture("sm_90", TARGET.shared, TARGET.multiprocessors, "NVIDIA H200")
+    assert target_of(here) == replace(TARGET, device="NVIDIA H200")
+    unknown = target_of(Architecture("sm_121", 99 << 10, 48, "NVIDIA GB10"))
+    assert unknown == replace(TARGETS["sm_120"], name="sm_121", multiprocessors=48, device="NVIDIA GB10")
+    assert target_of(Architecture("sm_75", 64 << 10, 40)).gpu == TARGETS["sm_80"].gpu
+    assert target_of(Architecture("gfx950", 160 << 10, 256)).gpu == TARGETS["gfx942"].gpu
+
+
+PLANTED = """
+import time
+from types import SimpleNamespace
+import torch
+from dinat_triton.kernels import attention
+from dinat_triton.kernels.configs import PASSES, Config, Preset, rule
+from dinat_triton.layers import Layer
+from dinat_triton.tuner.layer_run import LayerRun
+from dinat_triton.tuner.search import Budget, race
+
+def forward(*arguments, preset):
+    out, lse = attention.forward(*arguments, preset=preset)
+    rows = preset.configs[0].rows
+    if rows == 64:
+        out[0, 0, 0] = out[0, 0, 1]
+    if rows == 128:
+        written, out = out, torch.empty_like(out)
+        out[:, 1:] = written[:, 1:]
+    if rows == 32:
+        time.sleep(1)
+    return out, lse
+
+others = [rule(name, 32, 32) for name in PASSES[1:]]
+backend = SimpleNamespace(forward=forward, backward=attention.backward)
+given = lambda rows: {"preset": Preset(configs=(Config(rows=rows, chunk=32, one_chunk=32, stages=1), *others))}
+run = LayerRun(Layer("9x8", (9, 8), 1, (1, 1)), torch.float32, torch.device("cpu"), backend, given)
+found = race([32, 64, 128, 16], lambda rows: run.score(rows, backward=False), Budget(1e6), 3)
+print(found.winner(32))
+for rows, why in found.rejected.items():
+    print(rows, why)
+"""
+
+
+def test_a_wrong_kernel_and_a_slow_one_lose_when_run() -> None:
+    """The real kernels, interpreted: a token is wrong or missing under two configs, under another they sleep."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", PLANTED]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    winner, wrong, missing = ran.stdout.splitlines()
+    assert winner == "16"
+    assert wrong.startswith("64 wrong out (error ")
+    assert missing.startswith("128 wrong out (error nan)")

@@ -1,0 +1,200 @@
+"""Tuning the tiles of the CPU, and the command around all tuning."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import triton
+
+from dinat_triton import cli, store, tiled
+from dinat_triton.kernels import configs
+from dinat_triton.kernels.configs import Config, rule
+from dinat_triton.layers import Layer, layers_of
+from dinat_triton.tuner import kernel_search, tile_search
+from dinat_triton.tuner.layer_run import LayerRun
+from dinat_triton.tuner.search import Budget, Found, Rejection, Row
+from dinat_triton.tuner.tile_search import CONSTANTS, Sample, Tile, fit, losses, tune_tiles
+
+LAYER = Layer("24x24-d1", (24, 24), 4, (1, 1))
+RANKED = tiled.modelled_tiles(LAYER.geometry, 1, 4)
+KEY = f"float32/{torch.get_num_threads()}/24x24-k7x7-d1x1/4"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv(store.ENVIRONMENT, str(tmp_path / "cache"))
+    for forget in (configs.forget_tables, tiled.forget_tiles):
+        forget()
+    yield tmp_path / "cache"
+    for forget in (configs.forget_tables, tiled.forget_tiles):
+        forget()
+
+
+def tune(seconds: dict[Tile, float], wrong: Tile | None = None, budget: float = 1e6) -> Found:
+    """What is found where tiles take so long; by default a second."""
+
+    def clock(tile: Tile, backward: bool) -> float | Rejection:
+        return Rejection("wrong dk") if tile == wrong else seconds.get(tile, 1.0)
+
+    return tune_tiles([LAYER], torch.float32, Budget(budget), clock_of=lambda layer: clock)[0]
+
+
+def test_planted_slow_and_wrong_tiles_lose_and_the_fast_one_is_stored() -> None:
+    found = tune({RANKED[0]: 9.0, RANKED[1]: 0.1, RANKED[2]: 0.5}, wrong=RANKED[1])
+    assert found.entries == {KEY: list(RANKED[2])}
+    assert found.wrong == [f"24x24-d1 h4 b1 {RANKED[1]}: wrong dk"]
+    assert found.rows == [
+        Row(LAYER, "forward", 9.0, 0.5, RANKED[2], True), Row(LAYER, "forward+backward", 18.0, 1.0, RANKED[2], True)
+    ]  # fmt: skip
+
+
+def test_the_models_own_choice_needs_no_entry_and_an_old_one_goes() -> None:
+    tiled.user_tiles().update({KEY: list(RANKED[3])})
+    tiled.forget_tiles()
+    found = tune({RANKED[0]: 0.5, RANKED[3]: 0.9})
+    assert found.entries == {KEY: None}
+    assert found.rows[0].before == 0.9
+
+
+def test_the_budget_ends_it() -> None:
+    found = tune({}, budget=1e-9)
+    assert (found.entries, found.rows, found.unreached) == ({}, [], [LAYER])
+
+
+def test_a_wrong_backend_is_noticed() -> None:
+    """The real backend, made wrong for one tile: its backward forgets one gradient."""
+
+    def backward(*arguments, tile: Tile):
+        found = tiled.backward(*arguments, tile=tile)
+        if tile == RANKED[1]:
+            arguments[-1][0][0, 5, 5] = 0
+        return found
+
+    backend = SimpleNamespace(forward=tiled.forward, backward=backward)
+    run = LayerRun(LAYER, torch.float32, torch.device("cpu"), backend, lambda tile: {"tile": tile})
+    right, wrong = (run.score(tile, backward=True) for tile in RANKED[:2])
+    assert isinstance(right, float)
+    assert "wrong dq" in wrong.reason
+
+
+# The model
+
+
+def planted_samples(constants: dict[str, float]) -> list[Sample]:
+    samples = []
+    for layer in layers_of("dinat_mini@224"):
+        for tile in tiled.modelled_tiles(layer.geometry, 1, layer.heads)[:4]:
+            units = tiled.tile_work(layer.geometry, 1, layer.heads, tile)
+            samples.append(Sample(layer, tile, units, sum(map(float.__mul__, map(float, units), constants.values()))))
+    return samples
+
+
+@pytest.mark.parametrize("per_class", [40_000.0, -500.0])
+def test_planted_constants_are_found_and_none_is_negative(per_class: float) -> None:
+    planted = dict(zip(CONSTANTS, (2.0, 5.0, 0.0, per_class), strict=True))
+    found = fit(planted_samples(planted))
+    assert min(found.values()) >= 0
+    if per_class > 0:
+        assert found == pytest.approx(planted, rel=1e-6, abs=1e-6)
+
+
+def test_what_the_models_choices_lose() -> None:
+    samples = planted_samples({name: getattr(tiled, name) for name in CONSTANTS})
+    assert losses(samples) == pytest.approx([1.0] * 7)
+    first, second, *others = samples
+    halved = [first, Sample(second.layer, second.tile, second.units, first.ns / 2), *others]
+    assert max(losses(halved)) == pytest.approx(2.0)
+
+
+# The command
+
+
+def run(*arguments: str) -> int:
+    return cli.main(["tune", *arguments])
+
+
+def test_the_cpu_is_tuned_for_real(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = layers_of("dinat_mini@224")[-1]
+    slow = tuple(1 for _ in layer.shape)
+    ranked = [slow, *tiled.modelled_tiles(layer.geometry, 1, layer.heads)[:2]]
+    monkeypatch.setattr(tiled, "modelled_tiles", lambda *_: ranked)
+    arguments = ("--device", "cpu", "--layers", "dinat_mini@224:7x7-d1", "--budget", "3")
+    assert run(*arguments, "--dry-run") == 0
+    assert not cache.exists()
+    assert run(*arguments) == 0
+    data = json.loads(tiled.user_tiles().path.read_text())
+    assert data["source"].startswith("measured on ")
+    tiled.forget_tiles()
+    chosen = tiled.choose_tile(layer.geometry, 1, layer.heads)
+    assert list(chosen) in data["tiles"].values()
+    assert chosen != slow
+
+
+def test_modelled_configs_are_used_and_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found without a GPU, put where tables ship, and read back by a user who has none of his own."""
+    planted = {"forward/32/16": Config(rows=16), "forward/32/16/7x7-k7x7-d1x1/256": Config(rows=32),
+               "key_backward/32/16": rule("key_backward", 32, 16)}  # fmt: skip
+
+    def search(layers, *_, general: bool, jobs: int) -> tuple[Found, tuple[int, int]]:
+        row = Row(layers[0], "forward", 2e-6, 1e-6, Config(rows=16), False)
+        return Found({key: asdict(config) for key, config in planted.items()}, [row]), (1, 1)
+
+    monkeypatch.setattr(kernel_search, "tune_kernels", search)
+    folder = tmp_path / "shipped"
+    folder.mkdir()
+    assert run("--arch", "sm_80", "--out", str(folder)) == 0
+    configs.forget_tables()
+    geometry = layers_of("dinat_mini@224")[-1].geometry
+    assert configs.choose_config("forward", 32, 16, "sm_80", "", geometry, 256) == Config(rows=32)
+    assert run("--arch", "sm_80", "--out", str(folder)) == 2  # it is there already
+    monkeypatch.setattr(configs, "TABLES", folder)
+    monkeypatch.setenv(store.ENVIRONMENT, str(tmp_path / "nobody"))
+    configs.forget_tables()
+    # What only says what the rule says is left out, and sm_89 is like sm_80.
+    assert configs.load_table("sm_89") == {key: config for key, config in planted.items() if "key" not in key}
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or triton.knobs.runtime.interpret, reason="a GPU, or no compiler")
+def test_without_a_gpu_tiles_are_measured_and_kernels_modelled_in_half_the_budget_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left = {}
+
+    def tiles(layers, dtype, budget: Budget):
+        left["cpu"] = budget.left
+        return Found(unreached=[LAYER]), []
+
+    def kernels(layers, dtype, target, budget: Budget, device, **options):
+        left[target.name] = budget.left
+        return Found(), (0, 0)
+
+    monkeypatch.setattr(tile_search, "tune_tiles", tiles)
+    monkeypatch.setattr(kernel_search, "tune_kernels", kernels)
+    assert run("--budget", "100") == 1
+    assert left["cpu"] == pytest.approx(50, abs=0.1)
+    assert left["sm_90"] > 95  # the tiles took no time
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernels are interpreted")
+def test_a_search_with_real_compilers(cache: Path) -> None:
+    assert run("--arch", "sm_90", "--layers", "dinat_mini@224", "--budget", "60") == 0
+    data = json.loads((cache / "configs-sm_90.json").read_text())
+    assert "forward/32/16" in data["configs"]
+    assert all(Config(**entry) for entry in data["configs"].values())
+
+
+def test_an_unwritable_cache_is_said_before_anything_is_tuned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(store.ENVIRONMENT, str(tmp_path / "file" / "cache"))
+    for arguments in (["--device", "cpu"], ["--arch", "sm_90"]):
+        assert run(*arguments) == 2
+        captured = capsys.readouterr()
+        assert store.ENVIRONMENT in captured.err
+        assert captured.out == ""
