@@ -1,0 +1,174 @@
+"""Which part of a step takes how long: attribution forward and backward, and shares that add up."""
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+import dinat_triton  # noqa: F401  (registers the models)
+from dinat_triton.bench import profiling
+from dinat_triton.bench.models import INFERENCE, TRAINING, step_of
+from dinat_triton.bench.profiling import (
+    ACTIVATION,
+    ATTENTION,
+    CONVOLUTION,
+    LINEAR,
+    NORM,
+    OPTIMIZER,
+    OTHER,
+    OVERHEAD,
+    PARTS,
+    Tally,
+    record_of,
+    shares,
+)
+
+
+class ToyAttention(nn.Module):
+    """Attends `slow` times over."""
+
+    def __init__(self, dim: int, slow: int):
+        super().__init__()
+        self.qkv, self.slow = nn.Linear(dim, 3 * dim), slow
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        for _ in range(self.slow):
+            q = nn.functional.scaled_dot_product_attention(q, k, v)
+        return q
+
+
+class Toy(nn.Module):
+    """One of everything."""
+
+    def __init__(self, slow: int = 1, dim: int = 32):
+        super().__init__()
+        self.patch_embed = nn.Sequential(nn.Conv2d(3, dim, 4, 4), nn.BatchNorm2d(dim))
+        self.norm, self.attn = nn.LayerNorm(dim), ToyAttention(dim, slow)
+        self.mlp = nn.Sequential(nn.Linear(dim, 3 * dim), nn.GELU(), nn.Linear(3 * dim, dim))
+        self.head = nn.Linear(dim, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch_embed(x).flatten(2).transpose(1, 2)
+        x = x + self.attn(self.norm(x))
+        return self.head((x + self.mlp(x)).mean(1))
+
+
+def profiled(model: nn.Module, pass_: str) -> dict[str, float]:
+    """The share of each part."""
+    step = step_of(model.train(pass_ == TRAINING), torch.randn(2, 3, 48, 48), pass_, autocast=False)
+    record = record_of({}, ("toy", pass_, "float32"), *profiling.samples(model, step, on_gpu=False, repeats=2))
+    assert record.timing
+    assert sum(record.also["parts_ms"].values()) == pytest.approx(record.timing.median, rel=1e-2)
+    return shares(record)
+
+
+@pytest.mark.parametrize("pass_", [INFERENCE, TRAINING])
+def test_every_part_has_a_share_and_a_slow_attention_the_largest(pass_: str) -> None:
+    found = profiled(Toy(slow=1), pass_)
+    expected = {ATTENTION, LINEAR, NORM, CONVOLUTION, ACTIVATION, OTHER} | ({OPTIMIZER} if pass_ == TRAINING else set())
+    assert {part for part in PARTS if found[part] > 0} - {OVERHEAD} == expected
+    slow = profiled(Toy(slow=30), pass_)
+    assert max(slow, key=lambda part: slow[part]) == ATTENTION
+
+
+def test_python_is_overhead() -> None:
+    class Sleepy(Toy):
+        def forward(self, x: Tensor) -> Tensor:
+            time.sleep(0.05)
+            return super().forward(x)
+
+    found = profiled(Sleepy(), INFERENCE)
+    assert max(found, key=lambda part: found[part]) == OVERHEAD
+
+
+def test_every_gradient_belongs_where_its_operation_does() -> None:
+    model = Toy(slow=3)
+    step = step_of(model, torch.randn(2, 3, 48, 48), TRAINING, autocast=False)
+    step()
+    with profiling.scoped(model), profile(activities=[ProfilerActivity.CPU]) as profiler:
+        step()
+    owners: dict[tuple[int, int], str] = {}
+    found: dict[str, list[str]] = {}
+    roots = [event for event in profiler.events() if event.cpu_parent is None]
+    for root in sorted(roots, key=lambda event: event.time_range.start):
+        for event, part in profiling.attributed(root, OTHER, owners):
+            if event.name.startswith("autograd::engine::evaluate_function"):
+                found.setdefault(event.name.rpartition(" ")[2], []).append(part)
+    attention = [name for name in found if name.startswith("ScaledDotProduct")]
+    assert [found[name] for name in attention] == [[ATTENTION] * 3]
+    assert set(found["AddmmBackward0"]) == {LINEAR}
+    assert found["GeluBackward0"] == [ACTIVATION]
+    assert found["NativeLayerNormBackward0"] == [NORM]
+    # Of the patch embedding, whose norm counts with it.
+    assert found["ConvolutionBackward0"] == found["NativeBatchNormBackward0"] == [CONVOLUTION]
+    assert OTHER in found["AddBackward0"]
+
+
+@pytest.mark.parametrize(
+    "name", ["dinat_mini", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "convnext_tiny"]
+)
+def test_modules_of_real_models_are_known(name: str) -> None:
+    model = timm.create_model(name, device="meta")
+    found: dict[str, list[nn.Module]] = {}
+    for module, part in profiling.parts_of(model):
+        found.setdefault(part, []).append(module)
+    blocks = 12 if "swin" in name else 18
+    assert len(found.get(ATTENTION, [])) == (0 if "convnext" in name else blocks)
+    assert len(found[LINEAR]) >= 2 * blocks
+    assert len(found[NORM]) >= blocks
+    assert len(found[ACTIVATION]) >= blocks
+    inside = {id(child) for module in found[CONVOLUTION] for child in module.modules() if child is not module}
+    assert not inside & {id(module) for part in found.values() for module in part}
+    leaves = {id(module) for part in found.values() for module in part} | inside
+    assert all(id(m) in leaves for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.LayerNorm)))
+
+
+def test_views_are_no_kernels() -> None:
+    views = ("view", "flatten", "as_strided", "t", "split")
+    assert all(profiling.is_view(f"aten::{name}") for name in views)
+    assert not any(profiling.is_view(f"aten::{name}") for name in ("mm", "add_", "copy_", "gelu", "empty", "no_such"))
+
+
+def event(name: str, *children: Any, kernels: dict[str, float] | None = None, sequence: int = -1) -> Any:
+    """What the profiler tells of an operation on a GPU, as far as it is read."""
+    made = SimpleNamespace(
+        name=name, cpu_children=list(children), cpu_parent=None, device_type=DeviceType.CPU, thread=1, fwd_thread=1,
+        sequence_nr=sequence, time_range=SimpleNamespace(start=0.0), self_cpu_time_total=1.0,
+        kernels=[SimpleNamespace(name=k, duration=us) for k, us in (kernels or {}).items()],
+    )  # fmt: skip
+    for child in children:
+        child.cpu_parent = made
+    return made
+
+
+def test_on_a_gpu_kernels_count_and_idle_time_is_overhead() -> None:
+    attend = event("dinat_triton::fused", event("cuLaunchKernelEx", kernels={"forward_kernel": 300.0}), sequence=7)
+    # The device has a copy of the scope itself, which is no kernel.
+    scope = event("part: attention", attend, kernels={"part: attention": 900.0})
+    backward = event("autograd::engine::evaluate_function: X", event("aten::mm", kernels={"k": 500.0}), sequence=7)
+    events = [scope, event("aten::add", kernels={"add": 100.0}), backward, attend, *attend.cpu_children]
+    tally = Tally.of(events, on_gpu=True)
+    assert tally.parts[ATTENTION] == pytest.approx(800e-6)
+    assert tally.parts[OTHER] == pytest.approx(100e-6)
+    assert tally.operations == 3
+    record = record_of({}, ("m", TRAINING, "bfloat16"), [2e-3], [tally])
+    assert record.also["parts_ms"][OVERHEAD] == pytest.approx(1.1)
+
+
+def test_a_number_belongs_to_the_last_operation_that_saw_it() -> None:
+    scopes = [event(f"part: {part}", event("aten::mm", sequence=7)) for part in (NORM, LINEAR)]
+    backward = event("autograd::engine::evaluate_function: X", event("aten::mm"), sequence=7)
+    assert Tally.of([*scopes, backward], on_gpu=False).parts[LINEAR] == pytest.approx(2e-6)
+
+
+def test_kernels_that_took_longer_than_the_step_are_scaled() -> None:
+    tally = Tally(dict.fromkeys(PARTS, 0.0) | {ATTENTION: 3.0, LINEAR: 1.0}, 2)
+    record = record_of({}, ("m", INFERENCE, "float32"), [2.0, 2.0, 2.0], [tally])
+    assert (record.also["parts_ms"][ATTENTION], record.also["parts_ms"][LINEAR]) == (1500, 500)

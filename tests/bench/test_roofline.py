@@ -1,0 +1,182 @@
+"""What binds: ceilings, bounds, times out of files, and the figures drawn of both."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from matplotlib.figure import Figure
+from triton.compiler import ASTSource
+
+from dinat_triton import cli
+from dinat_triton.bench import ceilings, exps, figures, harness, roofline
+from dinat_triton.bench.harness import Cell, Results, Timing
+from dinat_triton.bench.roofline import Point
+from dinat_triton.layers import layers_of
+from dinat_triton.offline import assembly
+from dinat_triton.offline.targets import TARGETS
+from dinat_triton.work import FORWARD, LIMITS, Ceilings
+
+CPU = torch.device("cpu")
+RESULTS = harness.FOLDER / "results" / "intel-xeon-processor"
+ROUND = Ceilings("measured", "a round machine", 1e10, {"float32": 1e11, "bfloat16": 1e12}, 1e9)
+compiled = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernels are interpreted")
+INTERPRETED = """
+import torch
+from dinat_triton.bench import exps
+x = torch.linspace(-1, 1, 2 * exps.BLOCK)
+out = torch.full_like(x, torch.nan)
+assert exps.launch(x, out, rounds=5) == 5 * len(x)
+print((out - sum(2 ** (x.double() - n) for n in range(5))).abs().max().item())
+"""
+
+
+def results_of(**ms: float) -> Results:
+    """The layers of dinat_mini at 224, each with the same times."""
+    records = []
+    for layer in layers_of("dinat_mini@224"):
+        cell = Cell(layer, "float32", FORWARD)
+        also = {"work": asdict(roofline.work_of(cell, CPU))}
+        records += [cell.record(name, timing=Timing(each, each, each, 9), also=also) for name, each in ms.items()]
+        records += [] if ms else [roofline.bound(cell, CPU)]
+    return Results("layers", harness.environment(CPU), records, ROUND)
+
+
+def test_a_measured_machine_is_sane() -> None:
+    found = ceilings.measure_ceilings(CPU)
+    # An exponential is at least a few operations and a few bytes on any CPU.
+    assert found.product_flops_per_s["float32"] > max(found.exps_per_s, found.copy_bytes_per_s / 4)
+    assert 1e8 < min(found.exps_per_s, found.copy_bytes_per_s) < 1e13
+    assert 0.02 <= ceilings.seconds(lambda: time.sleep(0.02), CPU) < 0.2
+
+
+def test_rates_are_work_over_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings, "seconds", lambda call, device: 0.5)
+    assert ceilings.copy_rate(CPU) == 2 * ceilings.COPIED["cpu"] / 0.5
+    assert ceilings.product_rate(CPU, torch.float32) == 2 * ceilings.SIDE["cpu"] ** 3 / 0.5
+    assert ceilings.exp_rate(CPU) == torch.get_num_threads() * ceilings.EXPS_PER_THREAD / 0.5
+
+
+def test_the_kernel_for_exponentials_computes_what_it_counts() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1e-5
+
+
+@compiled
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_exponentials_bind_that_kernel(arch: str) -> None:
+    target = TARGETS[arch]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(2)}
+    signature = {"x": "*fp32", "out": "*fp32", "ROUNDS": "constexpr", "BLOCK": "constexpr"}
+    source = ASTSource(exps.exps_kernel, signature, {"ROUNDS": exps.ROUNDS, "BLOCK": exps.BLOCK}, aligned)
+    kernel = triton.compile(source, target=target.triton, options={"num_warps": exps.WARPS, **exps.FUSION})
+    found = assembly.read(kernel.asm, target.is_amd)
+    assert found["spills"] == 0
+    assert found["exps"] % (exps.BLOCK // (exps.WARPS * target.warp)) == 0
+    # Instructions per exponential, against those that could be issued while one is computed.
+    issued = found["chunk_length"] / found["exps"]
+    assert issued < 0.5 * target.issues_per_clock * target.warp / target.exps_per_clock
+
+
+def test_the_largest_limit_binds() -> None:
+    point = roofline.points_in(results_of())[0]
+    work = replace(point.work, bytes=1e9, flops=5e10, exps=2e8)
+    assert replace(point, work=work).bound(ROUND) == ("products", pytest.approx(0.5))
+    assert replace(point, work=work, dtype="bfloat16").bound(ROUND) == ("exps", pytest.approx(0.2))
+
+
+def test_stored_times_find_their_layers() -> None:
+    results = Results.load(RESULTS / "roofline.json")
+    points = roofline.points_in(results)
+    stored = {(r.problem["name"], r.implementation): r.timing for r in results.records}
+    assert len(points) == 7
+    for point in points:
+        assert point.ours == "tiled"
+        assert point.timings == {n: stored[point.layer.name, n] for n in point.timings}
+    assert roofline.implementations(points)[0] == "tiled"
+
+
+# Figures
+
+
+def drawn(figure: Figure) -> tuple[set[tuple[float, float]], dict[str, list[tuple[float, float]]]]:
+    """The first two panels: the marks under the roof, and everyone's times by row."""
+    roof, times = figure.axes[:2]
+    marks = {tuple(line.get_xydata()[0]) for line in roof.lines if line.get_marker() == "o"}
+    return marks, {str(line.get_label()): [tuple(xy) for xy in line.get_xydata()] for line in times.lines}
+
+
+def test_a_figure_shows_the_numbers_of_its_file() -> None:
+    results = Results.load(RESULTS / "roofline.json")
+    points = roofline.points_in(results)
+    assert results.ceilings
+    figure = figures.draw(results)
+    marks, times = drawn(figure)
+    for name, at in times.items():
+        assert at == [(point.seconds(name), row) for row, point in enumerate(points) if name in point.timings]
+    work, ours = points[0].work, points[0].seconds("tiled")
+    assert (work.useful_flops / work.useful_bytes, work.useful_flops / ours) in marks
+    assert (work.flops / work.bytes, work.flops / ours) in marks
+    bars = figure.axes[1].patches
+    for number, limit in enumerate(LIMITS):
+        ends = [bar.get_x() + bar.get_width() for bar in bars[number * 7 : (number + 1) * 7]]
+        assert ends == pytest.approx([point.work.limits(results.ceilings, "float32")[limit] for point in points])
+
+
+def test_without_times_every_layer_lies_on_its_roof() -> None:
+    results = results_of()
+    for point in roofline.points_in(results):
+        _, (intensity, rate) = figures.marks(point, ROUND)
+        assert rate == pytest.approx(min(intensity * 1e10, 1e11, 1e9 * point.work.flops / point.work.exps))
+    assert not drawn(figures.draw(replace(results, bench="roofline")))[1]
+
+
+def test_a_profile_is_a_bar_as_long_as_its_step() -> None:
+    results = Results.load(RESULTS / "profile.json")
+    (ax,) = figures.draw(results).axes
+    for row, record in enumerate(results.records):
+        ends = [bar.get_x() + bar.get_width() for bar in ax.patches if round(bar.get_y() + bar.get_height() / 2) == row]
+        assert record.timing
+        assert max(ends) == pytest.approx(record.timing.median, rel=1e-2)
+
+
+def test_names_in_the_margin_keep_apart() -> None:
+    places = figures.spread([0.9, 0.5, 0.5, 0.51, 0.1], gap=0.1, most=0.95)
+    assert all(b - a >= 0.1 - 1e-9 for a, b in pairwise(sorted(places)))
+    assert max(places) == places[0] <= 0.95
+    assert min(places) == places[4]
+
+
+# The command
+
+
+@compiled
+def test_a_named_architecture_is_drawn_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["roofline", "--arch", "sm_90", "--layers", "224:14x14*", "--backward", "--out"]
+    for name in ("roof.svg", "roof.json"):
+        assert cli.main([*arguments, str(tmp_path / name)]) == 0
+        assert "H200 (sm_90), vendor's figures, not measured: copies 4.3 TB/s" in capsys.readouterr().out
+    assert "H200" in (tmp_path / "roof.svg").read_text()
+    assert {r.problem["batch"] for r in Results.load(tmp_path / "roof.json").records} == {128}
+
+
+def test_results_are_set_against_their_own_ceilings(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "cpu.json"
+    results_of(tiled=10.0, gather=25.0).save(path)
+    assert cli.main(["roofline", "--results", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "Ceilings of a round machine, measured: copies 10 GB/s" in text
+    row = next(line for line in text.splitlines() if "56x56-d8" in line).split()
+    point: Point = roofline.points_in(Results.load(path))[1]
+    assert row[-3:] == ["10000.0", f"{point.bound(ROUND)[1] / 0.01:.0%}", "2.5"]
+    results_of(tiled=1e-3).save(path)
+    cli.main(["roofline", "--results", str(path)])
+    assert "faster than its bound" in capsys.readouterr().out
