@@ -1,9 +1,9 @@
-"""The most that a device does per second: measured, by its vendor, or out of a file."""
+"""The most that a device does per second, measured."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 
@@ -21,19 +21,9 @@ BUDGET = 0.5
 
 def measure_ceilings(device: torch.device) -> Ceilings:
     """Measures a device, in about three seconds."""
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), full_float32():
+    with full_float32():
         products = {name: product_rate(device, dtype) for name, dtype in DTYPES.items()}
         return Ceilings("measured", harness.device_name(device), copy_rate(device), products, exp_rate(device))
-
-
-def ceilings_of(arch: str) -> Ceilings:
-    """The vendor's figures of an architecture's largest common GPU; nine tenths of its memory's, as copies reach."""
-    from dinat_triton.offline.targets import find_target
-
-    target = find_target(arch)
-    products = {"float32": target.products32, "bfloat16": target.products}
-    device = f"{target.gpu} ({target.name})"
-    return Ceilings("vendor's figures, not measured", device, target.memory, products, target.exps)
 
 
 def copy_rate(device: torch.device) -> float:

@@ -59,22 +59,17 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     return [f"{n} {left.get(n)} and {right.get(n)}" for n in both if left.get(n) != right.get(n)]
 
 
-def compare(a: Path, b: Path, only: Sequence[str] | None = None) -> int:
-    """Prints B against A, and returns 1 if anything is slower in B.
-
-    Args:
-        a: A result file.
-        b: Another of the same benchmark.
-        only: Implementations to look at; all by default.
-    """
-    results = [Results.load(path) for path in (a, b)]
+def run(args: argparse.Namespace) -> int:
+    """Prints B against A, and returns 1 if anything is slower in B."""
+    results = [Results.load(path) for path in (args.a, args.b)]
     records = [found.records for found in results]
-    if only is not None:
+    if args.only is not None:
+        only = split(args.only)
         check_names("implementation", only, dict.fromkeys(r.implementation for each in records for r in each))
         records = [[r for r in each if r.implementation in only] for each in records]
     pairs = pairs_of(*records)
     if not pairs:
-        raise ValueError(f"{a} and {b} have no timed record in common")
+        raise ValueError(f"{args.a} and {args.b} have no timed record in common")
     for difference in differences(*(found.environment for found in results)):
         print(f"Measured under different conditions: {difference}", file=sys.stderr)
     rows = [[pair.title, _shown(pair.a), _shown(pair.b), f"{pair.ratio:.3f}", pair.verdict] for pair in pairs]
@@ -93,7 +88,3 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", type=Path, metavar="A.json", help="a result file")
     parser.add_argument("b", type=Path, metavar="B.json", help="another of the same benchmark")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these implementations, such as tiled")
-
-
-def run(args: argparse.Namespace) -> int:
-    return compare(args.a, args.b, None if args.only is None else split(args.only))

@@ -1,14 +1,12 @@
-"""The bench's figures, drawn from what was stored: nothing here measures anything.
+"""The bench's figures, drawn from result files. Ours is always the blue circle.
 
-Ours is always the blue circle. Colours are told apart by every kind of colour vision, and each comes with a shape or a
-shade of its own.
+Colours are told apart by every kind of colour vision, and each comes with a shape or a shade of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle, groupby, pairwise
-from math import log10
+from itertools import cycle, groupby
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -16,19 +14,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullFormatter
 
+from dinat_triton.bench import profiling
 from dinat_triton.bench.harness import Results
-from dinat_triton.bench.profiling import (
-    ACTIVATION,
-    ATTENTION,
-    CONVOLUTION,
-    LINEAR,
-    NORM,
-    OPTIMIZER,
-    OTHER,
-    OVERHEAD,
-    parts_in,
-    shares,
-)
 from dinat_triton.bench.roofline import OURS, Point, implementations, points_in
 from dinat_triton.commands.tables import short
 from dinat_triton.plots import INK, KEY, PAPER, QUERY, styled
@@ -42,15 +29,16 @@ PEER_LOOKS: tuple[dict[str, Any], ...] = tuple(
     for color, marker in zip((QUERY, GREEN, VERMILION, PINK, SKY, INK, YELLOW), "s^DvPX<", strict=True)
 )
 PART_LOOKS: dict[str, dict[str, Any]] = {
-    ATTENTION: {"color": KEY},
-    LINEAR: {"color": QUERY},
-    CONVOLUTION: {"color": GREEN},
-    NORM: {"color": SKY},
-    ACTIVATION: {"color": PINK},
-    OTHER: {"color": GREYS[1]},
-    OPTIMIZER: {"color": VERMILION},
-    OVERHEAD: {"color": "#efefef", "hatch": "///", "linewidth": 0},
+    profiling.ATTENTION: {"color": KEY},
+    profiling.LINEAR: {"color": QUERY},
+    profiling.CONVOLUTION: {"color": GREEN},
+    profiling.NORM: {"color": SKY},
+    profiling.ACTIVATION: {"color": PINK},
+    profiling.OTHER: {"color": GREYS[1]},
+    profiling.OPTIMIZER: {"color": VERMILION},
+    profiling.OVERHEAD: {"color": "#efefef", "hatch": "///", "linewidth": 0},
 }
+DARK = (profiling.ATTENTION, profiling.CONVOLUTION, profiling.OPTIMIZER)
 NOTE: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "color": INK}
 
 
@@ -71,7 +59,8 @@ def plot_roofline(points: Sequence[Point], ceilings: Ceilings) -> Figure:
     """Per model two panels: its layers under the ceilings, and everyone's times beside those of each limit.
 
     To the left, a hollow mark is the useful work of a layer and the full one what its plan evaluates, both done in the
-    same time: measured, or where nothing was measured that of its bound. To the right no mark can lie within the bars.
+    same time: measured, or where nothing was measured that of its bound. A number is a layer's, as to the right, where
+    no mark can lie within the bars.
     """
     groups = [list(of) for _, of in groupby(points, lambda point: point.layer.group)]
     heights = [max(2.3, 0.33 * len(group) + 0.5) for group in groups]
@@ -98,12 +87,12 @@ def _draw_roof(ax: Axes, points: Sequence[Point], ceilings: Ceilings) -> None:
     places = [marks(point, ceilings) for point in points]
     intensities, rates = zip(*(mark for pair in places for mark in pair), strict=True)
     ax.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="FLOP per second")
-    lowest = _draw_ceilings(ax, points, ceilings, (min(intensities) / 3, max(intensities) * 3), min(rates) / 2)
-    for useful, evaluated in places:
+    _draw_ceilings(ax, points, ceilings, (min(intensities) / 3, max(intensities) * 3), min(rates) / 2)
+    for number, (useful, evaluated) in enumerate(places, 1):
+        ax.annotate(f"{number}", evaluated, (5, -2), **NOTE)
         ax.plot(*zip(useful, evaluated, strict=True), color=KEY, linewidth=1, zorder=3)
         ax.plot(*useful, "o", color=KEY, markerfacecolor=PAPER, zorder=4, label="useful work of a layer")
         ax.plot(*evaluated, "o", color=KEY, zorder=4, label="work its plan evaluates")
-    _name(ax, {point.title: evaluated for point, (_, evaluated) in zip(points, places, strict=True)}, lowest)
     with_units(ax.xaxis, ax.yaxis)
     timed = sum(point.ours is not None for point in points)
     state = "" if timed == len(points) else f", {'partly ' * bool(timed)}not measured: at the bounds"
@@ -120,8 +109,8 @@ def marks(point: Point, ceilings: Ceilings) -> tuple[tuple[float, float], tuple[
 
 def _draw_ceilings(
     ax: Axes, points: Sequence[Point], ceilings: Ceilings, x: tuple[float, float], bottom: float
-) -> float:
-    """The slope of memory up to the ceiling of products, and that of exponentials; returns the lower one."""
+) -> None:
+    """The slope of memory up to the ceiling of products, and that of exponentials."""
     copy, products = ceilings.copy_bytes_per_s, ceilings.products(points[0].dtype)
     ridge = products / copy
     left, right = min(x[0], ridge / 6), max(x[1], 8 * ridge)
@@ -134,17 +123,6 @@ def _draw_ceilings(
         ax.plot([exps / copy, right], [exps, exps], color=INK, linewidth=1, linestyle="--", zorder=1)
         label = f"exponentials: {short(ceilings.exps_per_s)}/s"
         ax.annotate(label, (right, exps), (0, 2), ha="right", va="bottom", **NOTE)
-    return min(exps, products)
-
-
-def _name(ax: Axes, named: Mapping[str, tuple[float, float]], lowest_ceiling: float) -> None:
-    """Names marks in the margin to the right, each at the end of a thin line, none over another or a ceiling."""
-    bottom, top = (log10(y) for y in ax.get_ylim())
-    heights = [(log10(y) - bottom) / (top - bottom) for y in (*(y for _, y in named.values()), lowest_ceiling)]
-    heights = spread(heights[:-1], 0.13 / max(1.8, 0.33 * len(named)), heights[-1] - 0.02)
-    leader = {"arrowstyle": "-", "color": GREYS[0], "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)}
-    for (name, place), height in zip(named.items(), heights, strict=True):
-        ax.annotate(name, place, (1.03, height), textcoords="axes fraction", fontsize=7, va="center", arrowprops=leader)
 
 
 def _draw_times(ax: Axes, points: Sequence[Point], ceilings: Ceilings, looks: Mapping[str, Any]) -> None:
@@ -159,7 +137,7 @@ def _draw_times(ax: Axes, points: Sequence[Point], ceilings: Ceilings, looks: Ma
         timed = [(point.seconds(name), row) for row, point in zip(rows, points, strict=True) if name in point.timings]
         ax.plot(*zip(*timed, strict=True), linestyle="", markersize=4.5, label=name, zorder=3, **look)
     ax.set(xscale="log", xlabel="time of a layer", xlim=(least, None), ylim=(len(points) - 0.4, -0.6))
-    ax.set_yticks(rows, [point.title for point in points])
+    ax.set_yticks(rows, [f"{number}: {point.title}" for number, point in enumerate(points, 1)])
     ax.yaxis.tick_right()
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
@@ -178,13 +156,13 @@ def plot_profiles(results: Results) -> Figure:
     longest = max(sum(record.also["parts_ms"].values()) for record in records)
     for row, record in enumerate(records):
         left = 0.0
-        for part in parts_in(records):
+        for part in profiling.parts_in(records):
             ms = record.also["parts_ms"][part]
             ax.barh(row, ms, left=left, height=0.62, label=part, edgecolor=PAPER, **PART_LOOKS[part])
             if ms >= 0.04 * longest:
                 look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8}
-                shade = INK if part in (LINEAR, NORM, OTHER, OVERHEAD, ACTIVATION) else PAPER
-                ax.text(left + ms / 2, row, f"{shares(record)[part]:.0%}", color=shade, **look)
+                shade = PAPER if part in DARK else INK
+                ax.text(left + ms / 2, row, f"{profiling.shares(record)[part]:.0%}", color=shade, **look)
             left += ms
     ax.set_yticks(range(len(records)), [record.implementation for record in records])
     ax.set(xlabel="milliseconds of a step", ylim=(len(records) - 0.5, -0.5))
@@ -212,14 +190,3 @@ def _legend(figure: Figure, columns: int) -> None:
     handles = {label: handle for pair in entries for handle, label in zip(*pair, strict=True)}
     look = {"fontsize": 8, "columnspacing": 1.2, "handlelength": 1.6}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(len(handles), columns), **look)
-
-
-def spread(places: Sequence[float], gap: float, most: float) -> list[float]:
-    """Moves places apart that are closer than `gap`: in the same order, about the same middle, none above `most`."""
-    order = sorted(range(len(places)), key=lambda i: places[i])
-    moved = list(places)
-    for previous, i in pairwise(order):
-        moved[i] = max(moved[i], moved[previous] + gap)
-    highest = moved[order[-1]]
-    slip = max((highest - places[order[-1]]) / 2, highest - most)
-    return [place - slip for place in moved]

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from dinat_triton.files import replacing
 from dinat_triton.layers import Layer
 from dinat_triton.store import cpu_name, slug
 from dinat_triton.work import Ceilings
@@ -93,15 +94,9 @@ class Record:
         return " ".join([*names, f"b{self.problem.get('batch', 1)}", self.dtype, self.pass_])
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "problem": self.problem,
-            "implementation": self.implementation,
-            "pass": self.pass_,
-            "dtype": self.dtype,
-            "ms": self.timing and self.timing.to_dict(),
-            "reason": self.reason,
-            "also": self.also,
-        }
+        names = {"implementation": self.implementation, "pass": self.pass_, "dtype": self.dtype}
+        ms = self.timing and self.timing.to_dict()
+        return {"problem": self.problem, **names, "ms": ms, "reason": self.reason, "also": self.also}
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> Record:
@@ -149,8 +144,8 @@ class Results:
         head = {"schema": SCHEMA, "bench": self.bench, "environment": self.environment, "ceilings": ceilings}
         lines = ",\n".join("    " + json.dumps(record.to_dict()) for record in self.records)
         text = json.dumps(head, indent=2).removesuffix("\n}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f'{text},\n  "records": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
+        with replacing(path) as beside:
+            beside.write_text(f'{text},\n  "records": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Results:
@@ -213,13 +208,7 @@ def measure(
 
 
 def measure_on(device: torch.device, calls: Mapping[str, Callable[[], object]], budget: float) -> dict[str, Timing]:
-    """Times warm callables: on a GPU each by events, with a cold L2; elsewhere side by side.
-
-    Args:
-        device: Where they run.
-        calls: By name.
-        budget: Seconds for each; a GPU needs a fifth of them.
-    """
+    """Times warm callables: side by side, or on a GPU by events with a cold L2, in a fifth of the seconds."""
     if device.type != "cuda":
         return measure(calls, budget=budget)
     from triton.testing import do_bench
@@ -245,6 +234,11 @@ def elapsed_ms(call: Callable[[], object], synchronize: Callable[[], None]) -> f
     call()
     synchronize()
     return 1e3 * (time.perf_counter() - start)
+
+
+def waiter(device: str) -> Callable[[], None]:
+    """Waits for a kind of device."""
+    return torch.cuda.synchronize if device == "cuda" else lambda: None
 
 
 # The machine

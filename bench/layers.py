@@ -25,16 +25,8 @@ from dinat_triton.bench import harness, roofline
 from dinat_triton.bench.ceilings import measure_ceilings
 from dinat_triton.bench.harness import TIME_IS_UP, Cell, Record, Results, elapsed_ms
 from dinat_triton.bench.peers import PEERS, Attention, Inputs, Peer
-from dinat_triton.commands.options import (
-    BATCH_HELP,
-    DTYPES,
-    LAYERS_HELP,
-    check_names,
-    check_positive,
-    find_device,
-    find_layers,
-    split,
-)
+from dinat_triton.commands import options
+from dinat_triton.commands.options import BATCH_HELP, DTYPES, LAYERS_HELP, check_names, check_positive
 from dinat_triton.commands.tables import milliseconds, table
 from dinat_triton.layers import Layer
 from dinat_triton.tuner.layer_run import first_line
@@ -57,9 +49,9 @@ SECONDS = 0.3
 
 def prepare_ours(layer: Layer, inputs: Inputs, backend: str, bias: bool = True) -> Attention:
     function = (dt.na1d, dt.na2d, dt.na3d)[len(layer.shape) - 1]
-    options: dict[str, Any] = {"dilation": layer.dilation, "backend": backend, "rpb": inputs.rpb if bias else None}
-    tensors = (inputs.query, inputs.key, inputs.value)
-    return Attention(lambda: function(*tensors, layer.kernel_size, **options), inputs.leaves)
+    window: dict[str, Any] = {"kernel_size": layer.kernel_size, "dilation": layer.dilation}
+    rpb, qkv = inputs.rpb if bias else None, (inputs.query, inputs.key, inputs.value)
+    return Attention(lambda: function(*qkv, **window, rpb=rpb, backend=backend), inputs.leaves)
 
 
 def ours(device: torch.device) -> list[Peer]:
@@ -108,7 +100,7 @@ class Bench:
             return {}
         try:
             attention = peer.prepare(cell.layer, inputs)
-            record.also["first_call_ms"] = round(elapsed_ms(attention.call, self._synchronize), 2)
+            record.also["first_call_ms"] = round(elapsed_ms(attention.call, harness.waiter(self.device.type)), 2)
             record.reason = self.difference(peer, attention, cell, inputs)
             if record.reason:
                 return {}
@@ -129,10 +121,6 @@ class Bench:
         expected = prepare_ours(cell.layer, inputs, OURS[self.device.type], peer.has_bias).call()
         difference = (out - expected).abs().max().item()
         return None if difference <= TOLERANCE[out.dtype] else f"its result differs from ours by {difference:.1e}"
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
     def _clear(self) -> None:
         gc.collect()
@@ -189,14 +177,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Results:
     check_positive(args, "batch", "seconds", "budget")
-    device = find_device(args.device)
-    names = DEFAULT_PEERS[device.type] if args.peers is None else split(args.peers)
-    dtypes = split(args.dtype or [DEFAULT_DTYPE[device.type]])
+    device = options.find_device(args.device)
+    names = DEFAULT_PEERS[device.type] if args.peers is None else options.split(args.peers)
+    dtypes = options.split(args.dtype or [DEFAULT_DTYPE[device.type]])
     check_names("peer", names, PEERS)
     check_names("dtype", dtypes, DTYPES)
-    layers = [
-        layer for batch in args.batch or [DEFAULT_BATCH[device.type]] for layer in find_layers(args.layers, batch=batch)
-    ]
+    batches = args.batch or [DEFAULT_BATCH[device.type]]
+    layers = [layer for batch in batches for layer in options.find_layers(args.layers, batch=batch)]
     passes = [FORWARD, *([TRAINING[device.type]] if args.backward else [])]
     cells = [Cell(layer, dtype, pass_) for layer in layers for dtype in dtypes for pass_ in passes]
     deadline = math.inf if args.budget is None else time.monotonic() + args.budget

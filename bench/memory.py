@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
-import json
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import ParamSpec, TypeVar
 
-# The allocator gives freed memory back at once, so that what counts is what is live.
-EAGER_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-CALL = "import json, sys; from {module} import {name}; print(json.dumps({name}(**json.loads(sys.argv[1]))))"
+P = ParamSpec("P")
+T = TypeVar("T")
+# Options of glibc's mallopt.
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 
 
-def in_fresh_process(function: Callable[..., Any], environment: Mapping[str, str], **arguments: Any) -> Any:
-    """What a function of a module returns in a new process. Arguments and result have to be JSON.
-
-    Args:
-        function: Importable by its name.
-        environment: Variables to set there.
-        arguments: Of the function.
-    """
-    code = CALL.format(module=function.__module__, name=function.__name__)
-    command = [sys.executable, "-c", code, json.dumps(arguments)]
-    child = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-    if child.returncode:
-        lines = child.stderr.strip().splitlines() or [f"it ended with {child.returncode}"]
-        raise RuntimeError(f"{function.__name__} in a fresh process: {lines[-1]}")
-    return json.loads(child.stdout.splitlines()[-1])
+def in_fresh_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Calls a function of a module in a new process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args, **kwargs).result()
 
 
 def resident_peak(run: Callable[[], object]) -> int:
-    """Bytes by which the resident set grew at most during a run. To be called under EAGER_ALLOCATOR."""
+    """Bytes by which the resident set grew at most during a run. To be called in a fresh process.
+
+    The allocator gives freed memory back at once from here on, so that what counts is what is live.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(MMAP_THRESHOLD, 1 << 16)
+    libc.mallopt(TRIM_THRESHOLD, 0)
     gc.collect()
+    libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     run()

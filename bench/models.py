@@ -11,7 +11,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,10 +54,6 @@ class Case:
     def record(self) -> Record:
         dtype = "bfloat16" if self.autocast else "float32"
         return Record({"mode": self.mode, "batch": self.batch}, self.name, self.pass_, dtype)
-
-    def synchronize(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
 
 
 # The steps
@@ -110,8 +106,7 @@ def model_of(name: str, pass_: str, batch: int, device: str) -> tuple[nn.Module,
 def peak_memory(case: Case) -> int:
     """Bytes at most: allocated on a GPU; resident beyond the idle process on a CPU, in a process of its own there."""
     if case.device == "cpu":
-        given = {"case": asdict(case), "threads": torch.get_num_threads()}
-        return memory.in_fresh_process(resident_peak, memory.EAGER_ALLOCATOR, **given)
+        return memory.in_fresh_process(resident_peak, case, torch.get_num_threads())
     gc.collect()
     before = torch.cuda.memory_allocated()
     step = prepare(case)
@@ -121,14 +116,14 @@ def peak_memory(case: Case) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def resident_peak(case: dict[str, Any], threads: int) -> int:
+def resident_peak(case: Case, threads: int) -> int:
     """In the fresh process: bytes by which the resident set grew at most during a step."""
     import timm  # noqa: F401  (what importing takes is not the model's)
 
     import dinat_triton  # noqa: F401
 
     torch.set_num_threads(threads)
-    return memory.resident_peak(lambda: prepare(Case(**case))())
+    return memory.resident_peak(lambda: prepare(case)())
 
 
 # Measuring
@@ -144,11 +139,11 @@ def measure(cases: Sequence[Case], seconds: float, deadline: float, with_memory:
             continue
         try:
             step = prepare(case)
-            record.also["first_call_ms"] = round(elapsed_ms(step, case.synchronize), 2)
+            record.also["first_call_ms"] = round(elapsed_ms(step, harness.waiter(case.device)), 2)
             steps[case.title] = step
         except Exception as error:
             record.reason = first_line(error)
-    timings = harness.measure(steps, budget=seconds, synchronize=cases[0].synchronize)
+    timings = harness.measure(steps, budget=seconds, synchronize=harness.waiter(cases[0].device))
     steps.clear()
     for case, record in records.items():
         record.timing = timings.get(case.title)
@@ -211,15 +206,11 @@ def stages_of(args: argparse.Namespace) -> list[list[Case]]:
 
 
 def check_models(names: Sequence[str]) -> None:
-    """Refuses models that timm does not know; ours register themselves only where timm is new enough."""
-    try:
-        import timm
+    """Refuses models that timm does not know with ours registered."""
+    import timm
 
-        import dinat_triton  # noqa: F401
-    except ImportError as error:
-        raise RuntimeError(f"the models need timm: {error}") from None
-    if not timm.is_model("dinat_mini"):
-        raise RuntimeError(f"the models need timm >= 1.0.31, and this is {timm.__version__}")
+    import dinat_triton  # noqa: F401
+
     check_names("model", names, timm.list_models())
 
 

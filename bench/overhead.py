@@ -1,8 +1,7 @@
 """Microseconds of Python in a call of the `triton` backend, before anything is launched; on any machine.
 
-Kernels are stand-ins that do nothing, so what remains is ours: `na2d` with its checks, the op with dispatch and
-autograd, and the host code with its look-ups and new tensors. The tensors are a CPU's. With a GPU, calls with real
-launches are timed as well: the host's time, while the GPU works the launches off.
+Kernels are stand-ins that do nothing, on tensors of the CPU. What remains is ours: `na2d` with its checks, the op with
+dispatch and autograd, the host code with its look-ups and new tensors.
 
 `--new-sizes` times what a detector pays when an image comes in a size that it has not seen: plans, index arrays and
 launches of all its layers, forward and backward. Compiling is not counted: sizes share their kernels.
@@ -12,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -27,7 +27,7 @@ from dinat_triton.bench import harness
 from dinat_triton.bench.harness import Record, Results, Timing
 from dinat_triton.bench.layers import prepare_ours
 from dinat_triton.bench.peers import Inputs
-from dinat_triton.commands.options import LAYERS_HELP, check_positive, find_layers
+from dinat_triton.commands.options import LAYERS_HELP, check_positive, find_device, find_layers
 from dinat_triton.commands.tables import table
 from dinat_triton.layers import Layer
 from dinat_triton.work import BACKWARD, FORWARD, FORWARD_BACKWARD
@@ -138,44 +138,30 @@ def calls_of(layer: Layer, inputs: Inputs) -> tuple[Calls, Calls]:
     return forward, backward
 
 
-def timed(call: Callable[[], object], seconds: float) -> Timing:
-    from torch.utils.benchmark import Timer
-
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    return Timing.of([1e3 * each for each in timer.blocked_autorange(min_run_time=seconds).times])
-
-
 def layer_records(layer: Layer, seconds: float) -> list[Record]:
-    """Every level of code, forward and backward."""
-    found: dict[tuple[str, str], Timing] = {}
+    """Every level of code, forward and backward; with a GPU the host's time of real launches too."""
     with nothing_launched():
-        forward, backward = calls_of(layer, Inputs.of(layer, DTYPE, requires_grad=True))
-        for level, call in forward.items():
-            with torch.no_grad():
-                found[FORWARD, level] = timed(call, seconds)
-            found[RECORDED, level] = timed(call, seconds)
-        for level, call in backward.items():
-            found[BACKWARD, level] = timed(call, seconds)
+        found = times_of(calls_of(layer, Inputs.of(layer, DTYPE, requires_grad=True)), seconds)
     if torch.cuda.is_available():
-        found |= launched(layer, seconds)
+        forward, backward = calls_of(layer, Inputs.of(layer, DTYPE, "cuda", requires_grad=True))
+        found |= times_of(({LAUNCHED: forward[NA2D]}, {LAUNCHED: backward[NA2D]}), seconds)
     return [Record(asdict(layer), level, pass_, "bfloat16", timing) for (pass_, level), timing in found.items()]
 
 
-def launched(layer: Layer, seconds: float) -> dict[tuple[str, str], Timing]:
-    """The host's time with launches, which the GPU works off meanwhile."""
-    inputs = Inputs.of(layer, DTYPE, "cuda", requires_grad=True)
-    call = prepare_ours(layer, inputs, "triton").call
-    out = call()
-
-    def backward() -> object:
-        return torch.autograd.grad(out, inputs.leaves, inputs.grad_out, retain_graph=True)
-
+def times_of(calls: tuple[Calls, Calls], seconds: float) -> dict[tuple[str, str], Timing]:
+    """By pass and level. A GPU is never waited for: it works the launches off meanwhile."""
+    forward, backward = calls
     with torch.no_grad():
-        forward = harness.measure({LAUNCHED: call}, budget=seconds)[LAUNCHED]
-    found = {(FORWARD, LAUNCHED): forward}
-    for pass_, each in ((RECORDED, call), (BACKWARD, backward)):
-        found[pass_, LAUNCHED] = harness.measure({LAUNCHED: each}, budget=seconds)[LAUNCHED]
-    return found
+        found = {(FORWARD, level): timed(call, seconds) for level, call in forward.items()}
+    found |= {(RECORDED, level): timed(call, seconds) for level, call in forward.items()}
+    return found | {(BACKWARD, level): timed(call, seconds) for level, call in backward.items()}
+
+
+def timed(call: Callable[[], object], seconds: float) -> Timing:
+    from torch.utils.benchmark import Timer
+
+    timer = Timer("call()", globals={"call": call}, timer=time.perf_counter, num_threads=torch.get_num_threads())
+    return Timing.of([1e3 * each for each in timer.blocked_autorange(min_run_time=seconds).times])
 
 
 # New image sizes
@@ -183,7 +169,7 @@ def launched(layer: Layer, seconds: float) -> dict[tuple[str, str], Timing]:
 
 def size_records(count: int) -> list[Record]:
     """All distinct layers of a detection backbone on images of random new sizes, and on the same sizes again."""
-    sizes = random.Random(0).sample([(h, w) for h in IMAGE_SIDES for w in IMAGE_SIDES], count + 1)
+    sizes = random.Random(0).sample([(h, w) for h in IMAGE_SIDES for w in IMAGE_SIDES], count)
     found: dict[str, list[float]] = {NEW: [], SEEN: []}
     with nothing_launched():
         step_of(IMAGE)()  # what the first call of a process takes is no matter of its size
@@ -232,12 +218,10 @@ def run(args: argparse.Namespace) -> Results:
     check_positive(args, "seconds", "new_sizes")
     if triton.knobs.runtime.interpret:
         raise RuntimeError("the kernels are interpreted, so there is no launch to stop at: unset TRITON_INTERPRET")
-    layers = find_layers(args.layers)
-    environment = harness.environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    layers, environment = find_layers(args.layers), harness.environment(find_device(None))
     if args.new_sizes:
         return Results("overhead", environment, size_records(args.new_sizes))
-    records = [record for layer in layers for record in layer_records(layer, args.seconds)]
-    return Results("overhead", environment, records)
+    return Results("overhead", environment, [r for layer in layers for r in layer_records(layer, args.seconds)])
 
 
 def report(results: Results) -> str:

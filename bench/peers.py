@@ -33,13 +33,9 @@ class Inputs:
 
     @classmethod
     def of(
-        cls,
-        layer: Layer,
-        dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-        *,
+        cls, layer: Layer, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", *,
         requires_grad: bool = False,
-    ) -> Inputs:
+    ) -> Inputs:  # fmt: skip
         generator = torch.Generator(device).manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
@@ -63,8 +59,10 @@ class Attention:
 class Peer:
     """A way to compute a layer.
 
-    `prepare` does once what does not depend on the tensors' values. `obstacle` says why a layer cannot run, or is None.
-    What is to be a `graph` is captured as one and replayed.
+    Attributes:
+        prepare: Does once what does not depend on the tensors' values.
+        obstacle: Says why a layer cannot run, where trying would take long; None if it can.
+        graph: Whether it is captured as a CUDA graph and replayed.
     """
 
     name: str
@@ -275,33 +273,6 @@ def prepare_natten(layer: Layer, inputs: Inputs, backend: str | None = None) -> 
     return Attention(call, inputs.leaves[:3])
 
 
-def natten_obstacle(inputs: Inputs) -> str | None:
-    try:
-        importlib.import_module("natten")
-    except ImportError as error:
-        return f"NATTEN cannot be imported: {error}"
-    if inputs.query.device.type == "cpu" and inputs.query.requires_grad:
-        return "NATTEN has no backward on the CPU"
-    return None
-
-
-def natten_backend_obstacle(inputs: Inputs, backend: str) -> str | None:
-    """What NATTEN itself says against one of its backends."""
-    if inputs.query.device.type != "cuda":
-        return f"NATTEN's {backend} runs on NVIDIA GPUs only"
-    if reason := natten_obstacle(inputs):
-        return reason
-    try:
-        checks = importlib.import_module("natten.backends.configs.checks")
-        can_run = getattr(checks, f"can_run_{NATTEN_CHECKS[backend]}")
-        can_run(inputs.query, inputs.key, inputs.value, raise_error=True)
-    except Exception as error:
-        return " ".join(str(error).split())
-    return None
-
-
-NATTEN_CHECKS = {"cutlass-fna": "cutlass_fna", "hopper-fna": "cutlass_hopper_fna"}
-
 SWIN_WINDOW = 7
 
 
@@ -328,11 +299,7 @@ def prepare_swin(layer: Layer, inputs: Inputs) -> Attention:
 
 
 def swin_obstacle(inputs: Inputs) -> str | None:
-    try:
-        importlib.import_module("timm.models.swin_transformer")
-    except ImportError as error:
-        return f"timm cannot be imported: {error}"
-    shape = tuple(inputs.query.shape[1:-2])
+    shape = inputs.query.shape[1:-2]
     if len(shape) != 2 or any(size % SWIN_WINDOW for size in shape):
         return f"its windows of {SWIN_WINDOW}x{SWIN_WINDOW} do not tile this map"
     return None
@@ -343,16 +310,9 @@ PEERS = {
     for peer in (
         Peer("flex", prepare_flex, flex_obstacle),
         Peer("flex-tuned", prepare_flex_tuned, flex_obstacle),
-        Peer("natten", prepare_natten, natten_obstacle, has_bias=False),
-        *(
-            Peer(
-                f"natten-{backend}",
-                partial(prepare_natten, backend=backend),
-                partial(natten_backend_obstacle, backend=backend),
-                has_bias=False,
-            )
-            for backend in NATTEN_CHECKS
-        ),
+        Peer("natten", prepare_natten, has_bias=False),
+        Peer("natten-cutlass-fna", partial(prepare_natten, backend="cutlass-fna"), has_bias=False),
+        Peer("natten-hopper-fna", partial(prepare_natten, backend="hopper-fna"), has_bias=False),
         Peer("sdpa", prepare_sdpa, sdpa_obstacle),
         Peer("gather", prepare_gather),
         Peer("gather-tuned", prepare_gather_tuned),

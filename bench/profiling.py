@@ -1,18 +1,13 @@
 """Where a model's step spends its time: `dinat-triton bench profile`.
 
-Hooks on a model's modules open a named scope around each part while torch's profiler runs. A forward operation belongs
-to the innermost scope around it. An operation of the backward belongs where the forward operation does that it is the
-gradient of: autograd gives both the same sequence number. So both passes are attributed alike, whatever the operations
-are called.
+A named scope is opened around the forward of each part of a model while torch's profiler runs. A forward operation
+belongs to the innermost scope around it, an operation of the backward to the scope of the forward operation with its
+sequence number, whose gradient it is.
 
-What counts is the time of kernels: on a GPU that of the device's kernels, on a CPU that of torch's operations, each
-without those that it calls, and without views. A step's time is measured on its own, by turns with the profiled steps,
-without hooks and profiler. What no kernel accounts for is *overhead*: on a CPU Python, views and autograd's engine; on
-a GPU the time that it idles.
-
-The parts are those of modules: Swin's rolls and window copies stand outside its attention module and are *other*, as
-are residual additions, the loss and the pooling. Patch embedding and downsampling count as *convolution*, norms and
-projections in them included.
+What counts is the time of kernels: the device's on a GPU, on a CPU that of torch's operations but for views. A step is
+timed on its own, by turns with the profiled ones. What no kernel accounts for is *overhead*: on a CPU Python, views and
+autograd's engine; on a GPU the time that it idles. Patch embedding and downsampling are *convolution*, norms included;
+what stands outside of modules is *other*, such as residual additions, the loss, and Swin's rolls and window copies.
 """
 
 from __future__ import annotations
@@ -53,19 +48,14 @@ WARMUPS = 2
 def record_of(
     problem: dict[str, Any], names: tuple[str, str, str], seconds: Sequence[float], tallies: Sequence[Tally]
 ) -> Record:
-    """A step's milliseconds part by part, in medians; they add up to the step's.
-
-    Kernels that took longer than the steps, as on a busy machine, are scaled to fit them.
-    """
-    step = median(seconds)
-    parts = {part: median(tally.parts[part] for tally in tallies) for part in PARTS}
+    """A step's milliseconds part by part, in medians that add up to the step's; on a busy machine scaled to do so."""
+    step = 1e3 * median(seconds)
+    parts = {part: 1e3 * median(tally.parts[part] for tally in tallies) for part in PARTS}
     scale = min(1.0, step / sum(parts.values()))
-    parts = {part: scale * each for part, each in parts.items()}
-    parts[OVERHEAD] += max(0.0, step - sum(parts.values()))  # what scaling leaves may round below zero
-    timing = Timing.of([1e3 * each for each in seconds])
-    parts_ms = {part: round(1e3 * each, 4) for part, each in parts.items()}
-    operations = median_low(tally.operations for tally in tallies)
-    return Record(problem, *names, timing, also={"parts_ms": parts_ms, "operations": operations})
+    parts = {part: round(scale * each, 4) for part, each in parts.items()}
+    parts[OVERHEAD] = max(0.0, round(step - sum(parts.values()), 4))
+    also = {"parts_ms": parts, "operations": median_low(tally.operations for tally in tallies)}
+    return Record(problem, *names, Timing.of([1e3 * each for each in seconds]), also=also)
 
 
 def shares(record: Record) -> dict[str, float]:
@@ -84,15 +74,12 @@ def part_of(name: str, module: nn.Module) -> str | None:
         return CONVOLUTION
     if "Attention" in kind:
         return ATTENTION
-    if isinstance(module, nn.Linear):
-        return LINEAR
     if "Norm" in kind:
         return NORM
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return CONVOLUTION
-    if type(module).__module__.endswith("activation") or type(module).__module__.endswith("activations"):
-        return None if isinstance(module, nn.Softmax) else ACTIVATION
-    return None
+    if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+        return LINEAR if isinstance(module, nn.Linear) else CONVOLUTION
+    is_activation = type(module).__module__.endswith(("activation", "activations"))
+    return ACTIVATION if is_activation and not isinstance(module, nn.Softmax) else None
 
 
 def parts_of(module: nn.Module, name: str = "") -> Iterator[tuple[nn.Module, str]]:
@@ -110,23 +97,9 @@ def scoped(model: nn.Module) -> Iterator[None]:
     """Opens a scope around every part of the model."""
     with ExitStack() as stack:
         for module, part in parts_of(model):
-            enter, leave = hooks(part)
-            stack.callback(module.register_forward_pre_hook(enter).remove)
-            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+            module.forward = record_function(SCOPE + part)(module.forward)
+            stack.callback(delattr, module, "forward")
         yield
-
-
-def hooks(part: str) -> tuple[Callable[..., None], Callable[..., None]]:
-    scopes: list[record_function] = []
-
-    def enter(*_: object) -> None:
-        scopes.append(record_function(SCOPE + part))
-        scopes[-1].__enter__()
-
-    def leave(*_: object) -> None:
-        scopes.pop().__exit__(None, None, None)
-
-    return enter, leave
 
 
 # Attribution
@@ -196,18 +169,16 @@ def gpu_kernels(event: FunctionEvent) -> list[float]:
 
 def measure(name: str, pass_: str, batch: int, device: torch.device, repeats: int) -> Record:
     """Profiles a model with random weights; in bfloat16 autocast on a GPU."""
-    model, images = model_of(name, pass_, batch, str(device))
-    on_gpu = device.type == "cuda"
-    step = step_of(model, images, pass_, autocast=on_gpu)
-    names = (name, pass_, "bfloat16" if on_gpu else "float32")
-    return record_of({"batch": batch}, names, *samples(model, step, on_gpu, repeats))
+    (model, images), on_gpu = model_of(name, pass_, batch, str(device)), device.type == "cuda"
+    found = samples(model, step_of(model, images, pass_, autocast=on_gpu), on_gpu, repeats)
+    return record_of({"batch": batch}, (name, pass_, "bfloat16" if on_gpu else "float32"), *found)
 
 
 def samples(
     model: nn.Module, step: Callable[[], object], on_gpu: bool, repeats: int
 ) -> tuple[list[float], list[Tally]]:
     """Seconds of steps, and the kernels of as many others under the profiler, by turns."""
-    synchronize = torch.cuda.synchronize if on_gpu else lambda: None
+    synchronize = harness.waiter("cuda" if on_gpu else "cpu")
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     seconds, tallies = [], []
     for turn in range(WARMUPS + repeats):

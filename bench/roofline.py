@@ -1,8 +1,4 @@
-"""Layers against what a device allows: their work by the plan a backend takes, their times out of files.
-
-A layer's bound is the time of its largest limit: bytes over the ceiling of copies, products over theirs, exponentials
-over theirs, all as evaluated.
-"""
+"""Layers against what a device allows: their work by the plan a backend takes, their times out of files."""
 
 from __future__ import annotations
 
@@ -49,7 +45,7 @@ class Point:
         return self.timings[implementation].median / 1e3
 
     def bound(self, ceilings: Ceilings) -> tuple[str, float]:
-        """The limit that binds, and its seconds."""
+        """The limit that takes longest, and its seconds."""
         limits = self.work.limits(ceilings, self.dtype)
         name = max(limits, key=lambda limit: limits[limit])
         return name, limits[name]

@@ -21,7 +21,7 @@ FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
+class TokenLinks:
     """Which inputs each output of a layer sees: on every axis a matrix `[outputs, inputs]`."""
 
     links: tuple[BoolArray, ...]
@@ -62,12 +62,12 @@ class Field:
         return 100 * self.size / prod(map(len, self.weights))
 
 
-def attention(geometry: Geometry) -> Layer:
+def attention(geometry: Geometry) -> TokenLinks:
     """A layer of neighborhood attention."""
-    return Layer(tuple(_links(axis) for axis in geometry.axes))
+    return TokenLinks(tuple(_links(axis) for axis in geometry.axes))
 
 
-def shifted_windows(shape: Sequence[int], window: int, shift: int) -> Layer:
+def shifted_windows(shape: Sequence[int], window: int, shift: int) -> TokenLinks:
     """A layer of Swin's attention: windows that do not overlap, every other layer shifted.
 
     Blocked attention on a map that is longer by a window, cropped to the tokens that exist.
@@ -80,31 +80,31 @@ def shifted_windows(shape: Sequence[int], window: int, shift: int) -> Layer:
         blocks = -(-(before + size) // window)
         whole = _links(Axis(blocks * window, window, 1, window, False))
         links.append(whole[before : before + size, before : before + size])
-    return Layer(tuple(links))
+    return TokenLinks(tuple(links))
 
 
-def downsampling(shape: Sequence[int]) -> Layer:
+def downsampling(shape: Sequence[int]) -> TokenLinks:
     """A 3x3 convolution of stride 2 between two stages of NAT and DiNAT."""
     links = []
     for size in shape:
         centre = 2 * np.arange((size + 1) // 2)[:, None]
         links.append(abs(np.arange(size) - centre) <= 1)
-    return Layer(tuple(links))
+    return TokenLinks(tuple(links))
 
 
-def dilated_stack(shape: Sequence[int], kernel_size: int, dilations: Iterable[int]) -> list[Layer]:
+def dilated_stack(shape: Sequence[int], kernel_size: int, dilations: Iterable[int]) -> list[TokenLinks]:
     """Layers of neighborhood attention on one map, one per dilation."""
     return [attention(Geometry(tuple(shape), (kernel_size,), (d,))) for d in dilations]
 
 
-def swin_stack(shape: Sequence[int], window: int, depth: int) -> list[Layer]:
+def swin_stack(shape: Sequence[int], window: int, depth: int) -> list[TokenLinks]:
     """Layers of Swin's attention, plain and shifted in turn."""
     return [shifted_windows(shape, window, window // 2 * (i % 2)) for i in range(depth)]
 
 
-def staged_stack(shape: Sequence[int], kernel_size: int, stages: Iterable[Iterable[int]]) -> list[Layer]:
+def staged_stack(shape: Sequence[int], kernel_size: int, stages: Iterable[Iterable[int]]) -> list[TokenLinks]:
     """A whole model: a stack of dilations per stage, with downsampling between them."""
-    layers: list[Layer] = []
+    layers: list[TokenLinks] = []
     for dilations in stages:
         if layers:
             layers.append(downsampling(layers[-1].shape))
@@ -112,7 +112,7 @@ def staged_stack(shape: Sequence[int], kernel_size: int, stages: Iterable[Iterab
     return layers
 
 
-def field(layers: Sequence[Layer], token: Sequence[int] | None = None) -> Field:
+def field(layers: Sequence[TokenLinks], token: Sequence[int] | None = None) -> Field:
     """The receptive field of a token of the last layer; by default of the one in the middle."""
     shape = layers[-1].shape
     token = tuple(n // 2 for n in shape) if token is None else tuple(token)
@@ -124,7 +124,7 @@ def field(layers: Sequence[Layer], token: Sequence[int] | None = None) -> Field:
     return Field(tuple(weights))
 
 
-def growth(layers: Sequence[Layer], token: Sequence[int] | None = None) -> list[Field]:
+def growth(layers: Sequence[TokenLinks], token: Sequence[int] | None = None) -> list[Field]:
     """The receptive field after one layer, after two, and so on."""
     return [field(layers[: depth + 1], token) for depth in range(len(layers))]
 

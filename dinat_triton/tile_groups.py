@@ -88,12 +88,12 @@ class Cut:
         self.first_tokens = torch.arange(0, batch * tokens, tokens, device=device)
         pairs = sum(len(tiles.rows) * len(tiles.columns) for tiles in self.classes)
         self.is_small = batch * tokens <= KEPT_TOKENS and pairs <= KEPT_PAIRS
-        self._parts = [Part(self, tiles) for tiles in self.classes] if self.is_small else None
+        self._parts = [CutClass(self, tiles) for tiles in self.classes] if self.is_small else None
         self._order: Tensor | None = None
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[CutClass]:
         """Yields the classes."""
-        yield from (Part(self, tiles) for tiles in self.classes) if self._parts is None else self._parts
+        yield from (CutClass(self, tiles) for tiles in self.classes) if self._parts is None else self._parts
 
     def order(self, slots: list[Tensor]) -> Tensor:
         """The place of each token among the rows of all groups, whose slots these are."""
@@ -106,7 +106,7 @@ class Cut:
         return order
 
 
-class Part:
+class CutClass:
     """A tile class of a cut."""
 
     def __init__(self, cut: Cut, tiles: TiledClass):

@@ -20,7 +20,7 @@ from dinat_triton.dropout import keep_mask
 from dinat_triton.geometry import Geometry
 from dinat_triton.packing import unpack
 from dinat_triton.plan import Cost, Plan
-from dinat_triton.tile_groups import Group, Part, cut_of
+from dinat_triton.tile_groups import CutClass, Group, cut_of
 
 # What a tile choice costs on two CPU cores, in nanoseconds: a score, a token of one head that is gathered, an entry of
 # the bias table, and the calls for a tile class.
@@ -188,7 +188,7 @@ class Call:
         else:
             out.flatten(1).index_add_(0, group.columns, columns.flatten(1))
 
-    def table(self, part: Part) -> Tensor:
+    def table(self, part: CutClass) -> Tensor:
         """What to add to the logits of a class, `[heads or 1, rows, columns]`."""
         table = bias.table(self.rpb, part.pair_index, self.geometry.num_offsets, self.dtype)
         return table.view(len(table), len(part.tiles.rows), len(part.tiles.columns))

@@ -56,7 +56,7 @@ _TRANSFORMERS = {
 
 
 @dataclass(frozen=True)
-class Layout:
+class KeyLayout:
     """How a kind of file names things.
 
     Attributes:
@@ -83,17 +83,19 @@ class Layout:
 _OURS = {ours: ours for ours in (*_AUTHORS, *_templates("", "", 0))}
 _HIERARCHICAL = _AUTHORS | _templates("levels.{i}.blocks.{j}", "levels.{i}", 1)
 LAYOUTS = {
-    "timm": Layout("this package's models", _OURS),
-    "original": Layout("the authors' files", _HIERARCHICAL),
-    "detection": Layout("backbone of a detector or segmenter", _HIERARCHICAL, "backbone.", is_backbone=True),
-    "transformers": Layout("DinatForImageClassification", _TRANSFORMERS, "dinat.", "classifier"),
-    "nat": Layout("NatForImageClassification, of older transformers", _TRANSFORMERS, "nat.", "classifier"),
-    "backbone": Layout("DinatBackbone", _TRANSFORMERS, is_backbone=True),
-    "oneformer": Layout("backbone of OneFormer", _TRANSFORMERS, "model.pixel_level_module.encoder.", is_backbone=True),
+    "timm": KeyLayout("this package's models", _OURS),
+    "original": KeyLayout("the authors' files", _HIERARCHICAL),
+    "detection": KeyLayout("backbone of a detector or segmenter", _HIERARCHICAL, "backbone.", is_backbone=True),
+    "transformers": KeyLayout("DinatForImageClassification", _TRANSFORMERS, "dinat.", "classifier"),
+    "nat": KeyLayout("NatForImageClassification, of older transformers", _TRANSFORMERS, "nat.", "classifier"),
+    "backbone": KeyLayout("DinatBackbone", _TRANSFORMERS, is_backbone=True),
+    "oneformer": KeyLayout(
+        "backbone of OneFormer", _TRANSFORMERS, "model.pixel_level_module.encoder.", is_backbone=True
+    ),
 }
 # The authors' files of DiNAT_s and of the isotropic models: other names, and only ever these.
-_DINAT_S = Layout("the authors' DiNAT_s", _AUTHORS | _templates("layers.{i}.blocks.{j}", "layers.{i}", 1))
-_ISOTROPIC = Layout(
+_DINAT_S = KeyLayout("the authors' DiNAT_s", _AUTHORS | _templates("layers.{i}.blocks.{j}", "layers.{i}", 1))
+_ISOTROPIC = KeyLayout(
     "the authors' isotropic models",
     {
         ours.replace("{j}", "0"): theirs
@@ -105,7 +107,7 @@ _ANCHORS = re.compile(r"(patch_embed\.proj|embeddings\.patch_embeddings\.project
 
 
 @dataclass(frozen=True)
-class Found:
+class Recognised:
     """The tensors of a model in a state dict, and the layout that they are in.
 
     Attributes:
@@ -116,12 +118,12 @@ class Found:
     """
 
     name: str
-    layout: Layout
+    layout: KeyLayout
     tensors: StateDict
     left_out: list[str]
 
 
-def find_model(tensors: StateDict) -> Found:
+def find_model(tensors: StateDict) -> Recognised:
     """Finds a model of the family among tensors, or says that there is none."""
     anchor = next((m for m in map(_ANCHORS.search, tensors) if m), None)
     if anchor is None:
@@ -130,7 +132,7 @@ def find_model(tensors: StateDict) -> Found:
         )
     prefix = anchor.string[: anchor.start()]
     name, layout = _recognise(tensors, prefix, is_transformers=anchor[1].startswith("embeddings"))
-    found = Found(name, layout, {}, [])
+    found = Recognised(name, layout, {}, [])
     for key, tensor in tensors.items():
         if key.startswith(prefix):
             found.tensors[key.removeprefix(prefix)] = tensor
@@ -143,7 +145,7 @@ def find_model(tensors: StateDict) -> Found:
     return found
 
 
-def _recognise(tensors: StateDict, prefix: str, is_transformers: bool) -> tuple[str, Layout]:
+def _recognise(tensors: StateDict, prefix: str, is_transformers: bool) -> tuple[str, KeyLayout]:
     if is_transformers:
         by_prefix = {LAYOUTS[name].prefix: name for name in ("transformers", "nat", "oneformer", "backbone")}
         name = by_prefix.get(prefix, "backbone")
@@ -157,7 +159,7 @@ def _recognise(tensors: StateDict, prefix: str, is_transformers: bool) -> tuple[
     return "timm", LAYOUTS["timm"]
 
 
-def translate(found: Found) -> tuple[StateDict, Counter[tuple[str, str]]]:
+def translate(found: Recognised) -> tuple[StateDict, Counter[tuple[str, str]]]:
     """Translates a model's tensors to our names, or says what it does not understand.
 
     Returns:
@@ -225,7 +227,7 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(re.sub(r"\{(\w)\}", lambda m: f"(?P<{m[1]}>{_FIELDS[m[1]]})", escaped))
 
 
-def _translate_key(key: str, layout: Layout, to_ours: bool) -> tuple[str, str, str] | None:
+def _translate_key(key: str, layout: KeyLayout, to_ours: bool) -> tuple[str, str, str] | None:
     """The key on the other side, and the source's and the target's template."""
     for ours, theirs in [*layout.templates.items(), ("head.fc.{p}", "head.fc.{p}")]:
         source, target = (theirs, ours) if to_ours else (ours, theirs)
@@ -250,7 +252,7 @@ def _rename_last_norm(tensors: StateDict, source: str, target: str) -> None:
             tensors[new] = tensors.pop(old)
 
 
-def layout_for(tensors: StateDict, name: str) -> Layout:
+def layout_for(tensors: StateDict, name: str) -> KeyLayout:
     """The layout of that name, for the kind of model that the tensors are of."""
     if name not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {name!r}")

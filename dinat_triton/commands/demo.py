@@ -31,16 +31,16 @@ TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
-class Inputs:
+class DemoTensors:
     """Query, key, value and bias of a layer, and the gradient of its output."""
 
     tensors: tuple[Tensor, ...]
     grad: Tensor
     dilation: int
 
-    def to(self, **options) -> Inputs:
+    def to(self, **options) -> DemoTensors:
         tensors = tuple(x.detach().to(**options).requires_grad_() for x in self.tensors)
-        return Inputs(tensors, self.grad.to(**options), self.dilation)
+        return DemoTensors(tensors, self.grad.to(**options), self.dilation)
 
     def forward(self, backend: str) -> Tensor:
         query, key, value, rpb = self.tensors
@@ -103,14 +103,14 @@ def _describe(device: torch.device) -> list[str]:
     return [name for name, reason in reasons.items() if reason is None]
 
 
-def _inputs(batch: int, size: int, heads: int, dilation: int, device: torch.device) -> Inputs:
+def _inputs(batch: int, size: int, heads: int, dilation: int, device: torch.device) -> DemoTensors:
     generator = torch.Generator().manual_seed(size + dilation)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device).requires_grad_()
 
     maps = [draw(batch, size, size, heads, DIM) for _ in range(4)]
-    return Inputs((*maps[:3], draw(heads, 2 * KERNEL - 1, 2 * KERNEL - 1)), maps[3].detach(), dilation)
+    return DemoTensors((*maps[:3], draw(heads, 2 * KERNEL - 1, 2 * KERNEL - 1)), maps[3].detach(), dilation)
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

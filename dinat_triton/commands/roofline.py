@@ -87,7 +87,7 @@ def _bounds(args: argparse.Namespace) -> Results:
     target = find_target(args.arch) if args.arch else None
     device = find_device("cpu" if target else None)
     cells = _cells(args, "cuda" if target else device.type)
-    limits = ceilings.ceilings_of(args.arch) if target else ceilings.measure_ceilings(device)
+    limits = target.ceilings if target else ceilings.measure_ceilings(device)
     records = [roofline.bound(cell, target or device) for cell in cells]
     return harness.Results("roofline", harness.environment(device), records, limits)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from triton.backends.compiler import GPUTarget
 
 from dinat_triton.kernels.configs import Architecture
+from dinat_triton.work import Ceilings
 
 KIB, GIGA, TERA = 1 << 10, 1e9, 1e12
 
@@ -67,6 +68,12 @@ class Target:
     @property
     def issues(self) -> float:
         return self.multiprocessors * self.issues_per_clock * self.clock
+
+    @property
+    def ceilings(self) -> Ceilings:
+        products = {"float32": self.products32, "bfloat16": self.products}
+        device = f"{self.gpu} ({self.name})"
+        return Ceilings("vendor's figures, not measured", device, self.memory, products, self.exps)
 
     @property
     def triton(self) -> GPUTarget:

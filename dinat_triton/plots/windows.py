@@ -39,7 +39,7 @@ from dinat_triton.plots.drawing import (
     set_title,
     styled,
 )
-from dinat_triton.receptive_field import Field, Layer, field, growth
+from dinat_triton.receptive_field import Field, TokenLinks, field, growth
 from dinat_triton.words import counted
 
 
@@ -143,7 +143,7 @@ def plot_field(reached: Field, ax: Axes | None = None, *, heat: bool = False, ti
 
 @styled
 def plot_receptive_fields(
-    stacks: Mapping[str, Sequence[Layer]], token: Position | None = None, *, heat: bool = False
+    stacks: Mapping[str, Sequence[TokenLinks]], token: Position | None = None, *, heat: bool = False
 ) -> Figure:
     """How receptive fields grow: a row per stack, a column per depth."""
     depth = max(map(len, stacks.values()))
@@ -160,7 +160,9 @@ def plot_receptive_fields(
 
 
 @styled
-def plot_growth(stacks: Mapping[str, Sequence[Layer]], token: Position | None = None, ax: Axes | None = None) -> Figure:
+def plot_growth(
+    stacks: Mapping[str, Sequence[TokenLinks]], token: Position | None = None, ax: Axes | None = None
+) -> Figure:
     """Tokens in the receptive field against depth, one line per stack."""
     ax = ax or Figure(figsize=(4.6, 3.2), layout="constrained").add_subplot()
     for number, (name, layers) in enumerate(stacks.items()):
@@ -174,7 +176,7 @@ def plot_growth(stacks: Mapping[str, Sequence[Layer]], token: Position | None = 
 
 
 @styled
-def plot_cone(layers: Sequence[Layer], token: Position | None = None, ax: Axes | None = None) -> Figure:
+def plot_cone(layers: Sequence[TokenLinks], token: Position | None = None, ax: Axes | None = None) -> Figure:
     """A stack on a 1-D map: which tokens reach one output, layer by layer, and along which connections."""
     if any(len(layer.links) != 1 for layer in layers):
         raise ValueError("a cone is drawn for stacks on 1-D maps")

@@ -32,12 +32,14 @@ def measured(layer: Layer, pass_: str, *peers: Peer, **options) -> dict[str, Rec
 @pytest.mark.parametrize("pass_", PASSES)
 def test_peers_agree_or_say_why_they_cannot_run(layer: Layer, pass_: str) -> None:
     found = measured(layer, pass_, *(PEERS[name] for name in HERE), PEERS["natten-hopper-fna"])
-    expected = {"natten-hopper-fna": "NATTEN's hopper-fna runs on NVIDIA GPUs only"}
+    expected = {"natten-hopper-fna": "RuntimeError: Can't run Hopper FNA; NATTEN was not built with libnatten."}
     if layer == RAGGED:
         expected["swin"] = "its windows of 7x7 do not tile this map"
     if pass_ != FORWARD:
-        expected["natten"] = "NATTEN has no backward on the CPU"
-    assert {name: record.reason for name, record in found.items() if record.reason} == expected
+        expected["natten"] = "NotImplementedError: FlexAttention does not support backward on CPU."
+    reasons = {name: record.reason for name, record in found.items() if record.reason}
+    assert reasons.keys() == expected.keys()
+    assert all(reason.startswith(expected[name]) for name, reason in reasons.items())
     assert {name for name, record in found.items() if record.timing} == found.keys() - expected.keys()
 
 

@@ -98,7 +98,7 @@ def peak_of_three() -> int:
 
 
 def test_a_peak_is_what_was_live_at_once() -> None:
-    assert 0.9 < memory.in_fresh_process(peak_of_three, memory.EAGER_ALLOCATOR) / (32 << 20) < 1.3
+    assert 0.9 < memory.in_fresh_process(peak_of_three) / (32 << 20) < 1.3
 
 
 def test_speed_and_memory_are_against_the_first_model() -> None:
