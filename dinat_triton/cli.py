@@ -15,15 +15,16 @@ COMMANDS = {
     "bench": "time ops, models and whole steps side by side with their peers",
     "classify": "name what images show",
     "convert": "turn a checkpoint from any published layout into any other",
-    "digits": "train a small DiNAT on handwritten digits, in a minute",
     "demo": "check and time every backend that runs here",
     "explore": "play with windows, plans and receptive fields in the browser",
     "inspect": "compile the Triton kernels for any GPU, without one, and judge them",
     "models": "list the published models and their weights",
     "plot": "draw neighborhoods, receptive fields, plans and attention",
     "roofline": "draw every layer against what the machine allows",
-    "run": "run a script that has the models in timm, transformers' DiNAT repaired and, if asked for, our natten",
+    "run": "run a script that has the models in timm and transformers' DiNAT repaired",
+    "train": "train or fine-tune a model on images, on any number of devices",
     "tune": "search the fastest tiles and launch options for this machine",
+    "validate": "measure the accuracy of a model on labelled images",
 }
 
 # Those that run for hours and need neither torch nor timm, which take most of a gigabyte.

@@ -1,4 +1,4 @@
-"""The commands that run a model: `classify` and `digits`."""
+"""`dinat-triton classify`."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from dinat_triton.cli import main
-from dinat_triton.commands import classify, digits, inputs
+from dinat_triton.commands import classify, inputs
 from dinat_triton.models.checkpoints import save_state_dict
 from dinat_triton.models.layouts import from_native
 
@@ -124,42 +124,3 @@ def test_class_names():
     assert (len(names), names[207]) == (1000, "golden retriever")
     assert len(classify.class_names(21841)) == 21841
     assert classify.class_names(3)[2] == "class 2"
-
-
-def test_digits_trains_and_draws(tmp_path, capsys):
-    assert main(["digits", "--epochs", "3", "--out", str(tmp_path)]) == 0
-    captured = capsys.readouterr()
-    assert "1437 digits to learn, 360 held out" in captured.out
-    assert "100 %" in captured.err
-    assert min(Image.open(tmp_path / "digits.png").size) > 400
-    model = digits.build()
-    model.load_state_dict(timm.models.load_state_dict(str(tmp_path / "digits.safetensors")))
-    train, test = digits.load(seed=0)
-    assert not set(map(tuple, train.images.flatten(1).tolist())) & set(map(tuple, test.images.flatten(1).tolist()))
-    reported = float(captured.out.split(" % of the held-out")[0].split()[-1])
-    assert digits.accuracy(model, test) == pytest.approx(reported / 100, abs=1e-4)
-    assert reported > 30
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--out", "{}"], "digits.png is there already: --force replaces it"),
-        (["--out", "{}/digits.png/folder"], "there is no folder"),
-        (["--lr", "nan"], "--lr must be a number above 0, got nan"),
-        (["--threads", "0"], "--threads must be between 1 and"),
-        (["--device", "nonsense"], "--device nonsense cannot be used here"),
-    ],
-)
-def test_digits_refuses_before_it_trains(monkeypatch, tmp_path, arguments, says, capsys):
-    monkeypatch.setattr(digits, "load", None)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "digits.png").touch()
-    assert main(["digits", *(argument.format(tmp_path) for argument in arguments)]) == 2
-    assert says in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_digits_reaches_its_accuracy(tmp_path, capsys):
-    assert main(["digits", "--out", str(tmp_path)]) == 0
-    assert float(capsys.readouterr().out.split(" % of the held-out")[0].split()[-1]) >= 97

@@ -25,6 +25,7 @@ def build(name: str, weights: str, or_random: bool = False) -> tuple[Any, str]:
 
     import dinat_triton  # noqa: F401  (registers the models)
     from dinat_triton.models import checkpoints
+    from dinat_triton.models.hub import from_hub
 
     if not timm.is_model(name.split(".")[0]):
         raise ValueError(f"no model {name!r}; timm.list_models('*nat_*') lists them")
@@ -32,13 +33,9 @@ def build(name: str, weights: str, or_random: bool = False) -> tuple[Any, str]:
         try:
             model = from_hub(name)
             return model, f"weights of {model.pretrained_cfg['hf_hub_id'] or model.pretrained_cfg['url']}"
-        except Exception as error:
+        except RuntimeError as error:
             if not or_random:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                raise RuntimeError(
-                    f"no weights of {name} from the hub ({reason}). "
-                    f"Pass --weights FILE, or --weights {RANDOM} to run without"
-                ) from error
+                raise RuntimeError(f"{error}. Pass --weights FILE, or --weights {RANDOM} to run without") from error
     if weights in (HUB, RANDOM):
         torch.manual_seed(0)
         return timm.create_model(name), "random weights"
@@ -46,23 +43,6 @@ def build(name: str, weights: str, or_random: bool = False) -> tuple[Any, str]:
     model = timm.create_model(name, num_classes=checkpoints.model_args(checkpoint.tensors)["num_classes"])
     checkpoints.load_checkpoint(model, checkpoint)
     return model, f"weights of {weights}"
-
-
-def from_hub(name: str) -> Any:
-    """Downloads weights, or takes them from the cache; where there is no network it says so within seconds."""
-    import huggingface_hub
-    import timm
-
-    constants = huggingface_hub.constants
-    was_offline = constants.HF_HUB_OFFLINE
-    try:
-        huggingface_hub.utils.get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:
-        constants.HF_HUB_OFFLINE = True
-    try:
-        return timm.create_model(name, pretrained=True)
-    finally:
-        constants.HF_HUB_OFFLINE = was_offline
 
 
 def picture(path: Path | None = None) -> Image:

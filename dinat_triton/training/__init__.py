@@ -1,0 +1,1 @@
+"""Training on accelerate, with timm's data, augmentation, optimizers, schedules, losses and averages."""

@@ -1,0 +1,93 @@
+"""Two processes compute what one does, sharded or not, and one goes on with what two have left."""
+
+import argparse
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch.multiprocessing.spawn import start_processes
+from torch.utils._pytree import tree_leaves
+
+from dinat_triton.commands import train as command
+
+from .conftest import SMALL
+
+# All but what is drawn per process: augmentation is drawn per image.
+OPTIONS = (
+    "--aa rand-m9-mstd0.5-inc1 --reprob 0.5 --smoothing 0.1 --clip-grad 1 --model-ema --layer-decay 0.8 --drop-path 0 "
+    "--epochs 6 --mixup 0 --cutmix 0 --warmup-epochs 0"
+)
+STEPS = 20
+
+
+def steps(folder: Path, options: str, pictures: Path) -> None:
+    """Twenty steps of eight images: leaves their losses and the state after them."""
+    parser = argparse.ArgumentParser()
+    command.configure(parser)
+    words = [str(pictures), *SMALL.split(), *OPTIONS.split(), *options.split(), "--out", str(folder)]
+    run = command.prepare(parser.parse_args(words))
+    losses = []
+    for epoch in range(STEPS // run.steps):
+        run.train.epoch.fill_(epoch)
+        run.loader.set_epoch(epoch)
+        run.engine.parallel.train()
+        for batch in run.loader:
+            losses.append(run.accelerator.reduce(run.engine.step(*batch), "mean").item())
+    state = run.state()
+    if run.accelerator.is_main_process:
+        torch.save((losses, state), folder / "found.pt")
+        torch.save(state, folder / "state.pt")
+    run.accelerator.wait_for_everyone()
+    run.engine.step(*batch)
+    run.load(torch.load(folder / "state.pt"))
+    again, saved = run.state(), torch.load(folder / "state.pt")
+    if run.accelerator.is_main_process:
+        for mine, theirs in zip(tree_leaves(again), tree_leaves(saved), strict=True):
+            assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
+
+
+def process(rank: int, folder: Path, pictures: Path, port: str) -> None:
+    torch.set_num_threads(1)  # OpenMP's threads do not live on in a forked process
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    for kind in ("no-fsdp", "fsdp"):
+        steps(folder / kind, f"--batch-size 2 --grad-accum-steps 2 --{kind}", pictures)
+
+
+@pytest.fixture(scope="module")
+def two(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes of four images leave, in two parts each."""
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    # Forked, because new processes would take longer to import torch and timm than for all else.
+    start_processes(process, (folder, pictures, port), nprocs=2, start_method="fork")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("one")
+    steps(folder, "--batch-size 8", pictures)
+    return torch.load(folder / "found.pt")
+
+
+@pytest.mark.parametrize("kind", ["no-fsdp", "fsdp"])
+def test_two_processes_equal_one(kind: str, one: Any, two: Path) -> None:
+    (losses, mine), (found, theirs) = one, torch.load(two / kind / "found.pt")
+    assert len(found) == STEPS
+    assert found == pytest.approx(losses, abs=1e-5)
+    for part in ("model", "averages"):
+        for name, tensor in mine["engine"][part].items():
+            torch.testing.assert_close(theirs["engine"][part][name], tensor, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["no-fsdp", "fsdp"])
+def test_one_process_goes_on_where_two_stopped(kind: str, one: Any, two: Path, train, tmp_path: Path) -> None:
+    assert train(tmp_path, f"{OPTIONS} --batch-size 8 --resume {two / kind / 'state.pt'}") == 0
+    assert (tmp_path / "last.safetensors").stat().st_size > 1000
