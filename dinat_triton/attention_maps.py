@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dinat_triton.geometry import Geometry, geometry_of, split_window
-from dinat_triton.modules import _NeighborhoodAttention, pad_to_span
+from dinat_triton.modules import _NeighborhoodAttention
+from dinat_triton.padding import pad_to_span
 
 
 @dataclass(frozen=True, eq=False)

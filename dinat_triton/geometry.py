@@ -138,15 +138,10 @@ class Geometry:
         for name in ("kernel_size", "dilation", "stride"):
             object.__setattr__(self, name, broadcast_ints(name, getattr(self, name), rank))
         object.__setattr__(self, "is_causal", broadcast_bools("is_causal", self.is_causal, rank))
-        for axis, (k, d, s, n) in enumerate(zip(self.kernel_size, self.dilation, self.stride, self.shape, strict=True)):
+        for axis, (k, s) in enumerate(zip(self.kernel_size, self.stride, strict=True)):
             if s > k:
                 raise ValueError(f"stride must not exceed kernel_size {k}, got {s} on axis {axis}")
-            if k * d > n:
-                smaller = f"a dilation of at most {n // k}" if k <= n else f"a kernel_size of at most {n}"
-                raise ValueError(
-                    f"kernel_size * dilation must fit the map: {k} * {d} = {k * d} exceeds length {n} of axis {axis}; "
-                    f"pad the input to at least {k * d} (the NeighborhoodAttention modules do), or use {smaller}"
-                )
+        check_fits(self.shape, self.kernel_size, self.dilation)
 
     @cached_property
     def axes(self) -> tuple[Axis, ...]:
@@ -216,6 +211,18 @@ class Geometry:
         tokens = outer_index([positions for positions, _ in per_axis], self.shape)
         offsets = outer_index([offsets for _, offsets in per_axis], self.bias_shape)
         return tokens, offsets
+
+
+def check_fits(shape: Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int]) -> None:
+    """Refuses a map that is smaller than a window. Its lengths may be symbols of a graph."""
+    for axis, (n, k, d) in enumerate(zip(shape, kernel_size, dilation, strict=True)):
+        if k * d > n:
+            n = int(n)
+            smaller = f"a dilation of at most {n // k}" if k <= n else f"a kernel_size of at most {n}"
+            raise ValueError(
+                f"kernel_size * dilation must fit the map: {k} * {d} = {k * d} exceeds length {n} of axis {axis}; "
+                f"pad the input to at least {k * d} (the NeighborhoodAttention modules do), or use {smaller}"
+            )
 
 
 def outer_index(per_axis: Sequence[IntArray], shape: Sequence[int]) -> IntArray:

@@ -6,6 +6,11 @@ from torch import Tensor, nn
 from dinat_triton import functional
 from dinat_triton.functional import Bools, Ints, window_of
 from dinat_triton.geometry import geometry_of, split_window
+from dinat_triton.padding import crop_like, pad_to_span
+
+# FX takes these as leaves, as it does what follows.
+torch.fx.wrap("pad_to_span")
+torch.fx.wrap("crop_like")
 
 
 @torch.fx.wrap
@@ -28,28 +33,6 @@ def attend(qkv: Tensor, window: list[int], rpb: Tensor | None, scale: float | No
         if rpb is not None and hasattr(rpb, "to_local"):  # a DTensor: its local heads are those of qkv
             rpb = rpb.to_local()
         return functional.attend([qkv], window, rpb, scale, dropout_p, False, None)[0]
-
-
-@torch.fx.wrap
-def pad_to_span(x: Tensor, span: list[int]) -> Tensor:
-    """Pads `[batch, *shape, channels]` with zeros at the end of every axis that is shorter than the window's span."""
-    if x.dim() != len(span) + 2:
-        raise ValueError(f"x must be [batch, {len(span)} map axes, channels], got shape {x.shape}")
-    amounts = [0, 0]
-    short = False
-    for axis in range(len(span), 0, -1):
-        missing = max(0, span[axis - 1] - x.shape[axis])
-        amounts += [0, missing]
-        short = short or missing > 0
-    return nn.functional.pad(x, amounts) if short else x
-
-
-@torch.fx.wrap
-def crop_like(x: Tensor, like: Tensor) -> Tensor:
-    """Drops what `pad_to_span` added."""
-    for axis in range(1, like.dim() - 1):
-        x = x.narrow(axis, 0, like.shape[axis])
-    return x
 
 
 class _NeighborhoodAttention(nn.Module):

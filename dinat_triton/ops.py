@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from dinat_triton import dropout, reference, tiled
 from dinat_triton.checks import check_dropout, check_rpb, check_scale, check_tensors
 from dinat_triton.dispatch import resolve
-from dinat_triton.geometry import Geometry, geometry_of
+from dinat_triton.geometry import Geometry, check_fits, geometry_of, split_window
 from dinat_triton.packing import unpack
 
 LIBRARY = torch.library.Library("dinat_triton", "DEF")
@@ -42,8 +42,17 @@ FUSED, FUSED_BACKWARD = torch.ops.dinat_triton.fused.default, torch.ops.dinat_tr
 
 
 def _geometry(qkv: list[Tensor], window: list[int]) -> Geometry:
-    rank = len(window) // 4
-    return geometry_of(tuple(map(int, qkv[0].shape[1 : 1 + rank])), tuple(window))
+    return geometry_of(tuple(map(int, qkv[0].shape[1 : 1 + len(window) // 4])), tuple(window))
+
+
+def _check_window(qkv: list[Tensor], window: list[int]) -> Geometry:
+    """The geometry of a call; in a graph for maps of all sizes that of the smallest map, which has the same bias."""
+    shape = qkv[0].shape[1 : 1 + len(window) // 4]
+    if torch.SymInt not in map(type, shape):
+        return geometry_of(tuple(map(int, shape)), tuple(window))
+    kernel_size, _, dilation, _ = split_window(window)
+    check_fits(shape, kernel_size, dilation)
+    return geometry_of(tuple(k * d for k, d in zip(kernel_size, dilation, strict=True)), tuple(window))
 
 
 def _is_autocast_on(device: str) -> bool:
@@ -68,14 +77,14 @@ def na(
     check_tensors(query, key, value)
     check_scale(scale)
     check_dropout(dropout_p)
-    geometry = _geometry(qkv, window)
+    geometry = _check_window(qkv, window)
     if rpb is not None:
         check_rpb(rpb, query, geometry)
     backend = resolve(backend, query, key, value, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     seed = dropout.new_seed(query.device) if dropout_p > 0 else None
     if backend == "reference":
-        return reference.attention(query, key, value, rpb, seed, geometry, scale, dropout_p)
+        return reference.attention(query, key, value, rpb, seed, _geometry(qkv, window), scale, dropout_p)
     # Triton's backward reads the log-sum-exp; writing it costs next to nothing. The tiled backward recomputes it.
     need_lse = return_lse or backend == "triton"
     return _fused_autograd(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend)

@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dinat_triton.functional import na2d
 from dinat_triton.integrations.transformers import load_modeling
 from dinat_triton.integrations.unfused import aggregate, scores
+from dinat_triton.padding import crop_like, pad_to_span
 
 _dinat: Any = load_modeling()
 
@@ -32,27 +33,28 @@ class NeighborhoodAttention(_dinat.NeighborhoodAttention):
 
     def forward(self, hidden_states: Tensor, output_attentions: bool | None = False) -> tuple[Tensor, ...]:
         """What transformers' forward is meant to compute."""
+        x = pad_to_span(hidden_states, [self.kernel_size * self.dilation] * 2)
         heads = (self.num_attention_heads, self.attention_head_size)
-        query, key, value = (layer(hidden_states).unflatten(-1, heads) for layer in (self.query, self.key, self.value))
+        query, key, value = (layer(x).unflatten(-1, heads) for layer in (self.query, self.key, self.value))
         window = {"kernel_size": self.kernel_size, "dilation": self.dilation}
         if not output_attentions:
             dropout_p = self.dropout.p if self.dropout.training else 0.0
-            return (na2d(query, key, value, **window, rpb=self.rpb, dropout_p=dropout_p).flatten(-2),)
+            context = na2d(query, key, value, **window, rpb=self.rpb, dropout_p=dropout_p)
+            return (crop_like(context.flatten(-2), hidden_states),)
         # The probabilities are an output here, so they have to exist.
         query, key, value = (x.movedim(-2, 1) for x in (query * self.attention_head_size**-0.5, key, value))
         probabilities = self.dropout(scores(query, key, **window, rpb=self.rpb).softmax(-1))
-        context = aggregate(probabilities, value, **window)
-        return context.movedim(1, -2).flatten(-2), probabilities
+        context = aggregate(probabilities, value, **window).movedim(1, -2).flatten(-2)
+        height, width = hidden_states.shape[1:3]
+        return crop_like(context, hidden_states), probabilities[:, :, :height, :width]
 
 
 class DinatLayer(GradientCheckpointingLayer, _dinat.DinatLayer):
     """A layer that can be computed again in the backward instead of being kept."""
 
-    def forward(self, hidden_states: Tensor, output_attentions: bool | None = False) -> tuple[Tensor, ...]:
-        """The map and, if wanted, the attentions of its tokens: not of those that pad a map smaller than the window."""
-        height, width = hidden_states.shape[1:3]
-        out, *attentions = super().forward(hidden_states, output_attentions)
-        return out, *(x[:, :, :height, :width] for x in attentions)
+    def maybe_pad(self, hidden_states: Tensor, height: int, width: int) -> tuple[Tensor, tuple[int, ...]]:
+        """Leaves padding to the attention."""
+        return hidden_states, (0,) * 6
 
 
 class DinatPatchEmbeddings(_dinat.DinatPatchEmbeddings):
