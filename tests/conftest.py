@@ -19,6 +19,12 @@ def _no_tuned_tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
         yield folder
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _autograd_without_threads() -> None:
+    """Autograd decides at its first backward; after a compilation it would take threads, and refuse to run in forks."""
+    torch.zeros((), requires_grad=True).backward()
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
