@@ -65,12 +65,6 @@ class AxisTiles:
         seen = (column >= self.first[:, None]) & (column <= self.last[:, None])
         return np.where(seen, self.row_code[:, None] + self.col_code, MASKED)
 
-    def column_of(self, offsets: int) -> IntArray:
-        """The column with which each row has each bias index, `[offsets, rows]`, or MASKED."""
-        step = self.col_code[-1] - self.col_code[0] if self.columns > 1 else 1
-        column = (np.arange(offsets)[:, None] - self.row_code - self.col_code[0]) * (1 if step > 0 else -1)
-        return np.where((column >= self.first) & (column <= self.last), column, MASKED)
-
 
 @lru_cache(maxsize=1024)
 def tile_axis(axis: Axis, tile: int, transposed: bool = False) -> tuple[AxisTiles, ...]:

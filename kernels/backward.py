@@ -298,13 +298,30 @@ def sum_programs_kernel(
     tl.store(sums + (head.to(tl.int64) * tl.num_programs(1) + tile_class) * pairs + pair, total)
 
 
-@triton.jit(do_not_specialize=["all_pairs", "offsets", "longest"])
-def fold_bias_kernel(sums, grad_rpb, members, all_pairs, offsets, longest, BLOCK: tl.constexpr):
-    """Adds up the pairs of each bias entry, in a fixed order. Grid (offsets, heads); members [offsets, longest]."""
+@triton.jit(do_not_specialize=["guards", "classes", "offsets", "span"])
+def fold_bias_kernel(
+    sums, grad_rpb, rows, columns, entry_column, row_column, guards, classes, offsets, span,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Adds up the pairs of each bias entry, in a fixed order. Grid (offsets, heads).
+
+    A row of a class has the entry with one column at most, which is tried.
+    """
     offset, head = tl.program_id(0), tl.program_id(1)
     total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, longest, BLOCK):
+    for start in range(0, classes * ROWS, BLOCK):
         n = start + tl.arange(0, BLOCK)
-        pair = tl.load(members + offset * longest + n, mask=n < longest, other=-1)
-        total += tl.load(sums + head.to(tl.int64) * all_pairs + pair, mask=pair >= 0, other=0.0)
+        tile_class, row = n // ROWS, n % ROWS
+        exists = tile_class < classes
+        col = tl.load(entry_column + tile_class * offsets + offset, mask=exists, other=-1)
+        col += tl.load(row_column + n, mask=exists, other=0)
+        exists &= (col >= 0) & (col < span)
+        row_at = rows + tile_class * (4 * ROWS) + row
+        col_at = columns + tile_class * (3 * span) + col
+        row_first = tl.load(row_at + 2 * ROWS, mask=exists, other=0)
+        row_last = tl.load(row_at + 3 * ROWS, mask=exists, other=0)
+        exists &= sees(row_first, row_last, tl.load(col_at + 2 * span, mask=exists, other=0), guards)
+        index = tl.load(row_at + ROWS, mask=exists, other=0) + tl.load(col_at + span, mask=exists, other=0)
+        pair = (head * classes * ROWS + n).to(tl.int64) * span + col
+        total += tl.load(sums + pair, mask=exists & (index == offset), other=0.0)
     tl.store(grad_rpb + head * offsets + offset, tl.sum(total, 0).to(grad_rpb.dtype.element_ty))

@@ -1,7 +1,7 @@
 """A plan as the kernels read it: vectors per tile class, two bases per tile, and runs of tiles, on the device.
 
-A class is a product of one class per axis. All arrays are worked out for all classes at once: slot `s` of a class is
-taken apart into one index per axis, and what the axes hold there is added up.
+A class is a product of one class per axis. All arrays are worked out for all classes at once: the number of a row,
+column or tile is taken apart into its place on each axis, and what the axes hold there is added up.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dinat_triton.geometry import IntArray, row_major_strides
-from dinat_triton.plan import MASKED, AxisTiles, Plan
+from dinat_triton.plan import AxisTiles, Plan
 
 EMPTY = -(2**31)  # the offset of a slot without a token: negative from every base
 # Arrays begin at multiples of so many numbers, so that kernels can read them 16 bytes at a time.
@@ -60,10 +60,13 @@ class Layout:
         return self.row_slots * self.columns.shape[2]
 
     @cached_property
-    def members(self) -> Tensor:
-        """`[offsets, slots]`: the pairs of all classes that each bias entry is added to, padded with -1."""
-        members = _members(_Classes(self.plan), self.row_slots, self.columns.shape[2])
-        return torch.as_tensor(members, device=self.rows.device)
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """`[classes, offsets]` and `[classes, ROWS]`: a row has a bias entry with the column that is their sum.
+
+        If it has the entry at all: else the sum may be another column, or none.
+        """
+        entry, row = _entries(self.plan, self.row_slots)
+        return torch.as_tensor(entry, device=self.rows.device), torch.as_tensor(row, device=self.rows.device)
 
 
 @lru_cache(maxsize=256)
@@ -76,7 +79,6 @@ def layout_of(plan: Plan, tiles_per_run: int, wide: bool, device: torch.device) 
         wide: Whether token addresses within a batch item need 64 bits.
         device: Where to.
     """
-    classes = _Classes(plan)
     tiles, rows, columns = plan.shapes.T
     chunks = -(-columns // plan.chunk)
     max_chunks = int(chunks.max())
@@ -85,113 +87,110 @@ def layout_of(plan: Plan, tiles_per_run: int, wide: bool, device: torch.device) 
     guards = sum(1 << (shift + n) for shift, n in zip(shifts, bits, strict=True))
     runs, first_run = _runs(tiles, chunks, tiles_per_run)
     arrays = (
-        _rows(classes, plan.block or int(rows.max()), shifts, guards),
-        _columns(classes, max_chunks * plan.chunk, shifts, guards),
-        _bases(classes, tiles),
+        _rows(plan, plan.block or int(rows.max()), shifts, guards),
+        _columns(plan, max_chunks * plan.chunk, shifts, guards),
+        _bases(plan, tiles),
         runs,
         first_run,
     )
     return Layout(plan, max_chunks, guards, *_upload(arrays, np.int64 if wide or end > 31 else np.int32, device))
 
 
-class _Classes:
-    """A plan's classes as numbers of the classes on each axis."""
-
-    def __init__(self, plan: Plan):
-        self.axes, geometry = plan.axes, plan.geometry
-        self.kinds = np.indices([len(axis) for axis in plan.axes]).reshape(geometry.rank, -1)
-        self.steps = [d * stride for d, stride in zip(geometry.dilation, geometry.token_strides, strict=True)]
-        self.token_strides, self.bias_shape = geometry.token_strides, geometry.bias_shape
-
-    def sizes(self, of: str) -> IntArray:
-        """`[rank, classes]`: how many rows, columns or tiles the classes have along each axis."""
-        counts = ([getattr(tiles, of) for tiles in axis] for axis in self.axes)
-        return np.stack([np.array(n)[kind] for n, kind in zip(counts, self.kinds, strict=True)])
-
-    def table(self, of: str, slots: int, per_axis: list[IntArray], empty: list[int]) -> IntArray:
-        """`[classes, fields, slots]`: sums of what the axes hold, `[fields, kinds, places]` each, or `empty`."""
-        places, filled = unravel(np.arange(slots), self.sizes(of)[:, :, None])
-        fields = sum(axis[:, k[:, None], p] for axis, k, p in zip(per_axis, self.kinds, places, strict=True))
-        return np.where(filled, fields, np.array(empty)[:, None, None]).swapaxes(0, 1)
+def _rows(plan: Plan, slots: int, shifts: list[int], guards: int) -> IntArray:
+    places, filled = _places(plan, "rows", _kinds(plan)[:, :, None], np.arange(slots))
+    rows = np.zeros((4, *filled.shape), dtype=np.int64)
+    for axis, place, step, bias_stride, shift in zip(plan.axes, places, *_strides(plan), shifts, strict=True):
+        number = np.concatenate([np.arange(tiles.rows) for tiles in axis])
+        code, first, last = (_joined(axis, name) for name in ("row_code", "first", "last"))
+        rows += np.stack((number * step, code * bias_stride, first << shift, last << shift)).take(place, axis=1)
+    rows[3] += 2 * guards
+    return _padded(rows, filled, (EMPTY, 0, guards - 1, 2 * guards))
 
 
-def unravel(index: IntArray, sizes: IntArray) -> tuple[list[IntArray], NDArray[np.bool_]]:
-    """Takes row-major indices apart, one part per axis; `sizes` begins with the axes. And whether they are in range."""
-    parts = []
-    for size in sizes[::-1]:
-        index, part = np.divmod(index, size)
-        parts.append(part)
-    return parts[::-1], index == 0
-
-
-def _rows(classes: _Classes, slots: int, shifts: list[int], guards: int) -> IntArray:
-    per_axis = []
-    strides = zip(classes.axes, classes.steps, row_major_strides(classes.bias_shape), shifts, strict=True)
-    for axis, step, bias_stride, shift in strides:
-        first, last = _padded(axis, "first") << shift, _padded(axis, "last") << shift
-        offset = np.broadcast_to(np.arange(first.shape[1]) * step, first.shape)
-        per_axis.append(np.stack((offset, _padded(axis, "row_code") * bias_stride, first, last)))
-    per_axis[0][3] += 2 * guards
-    return classes.table("rows", slots, per_axis, [EMPTY, 0, guards - 1, 2 * guards])
-
-
-def _columns(classes: _Classes, slots: int, shifts: list[int], guards: int) -> IntArray:
-    per_axis = []
-    strides = zip(classes.axes, classes.steps, row_major_strides(classes.bias_shape), shifts, strict=True)
-    for axis, step, bias_stride, shift in strides:
-        code = _padded(axis, "col_code") * bias_stride
-        place = np.broadcast_to(np.arange(code.shape[1]), code.shape)
-        per_axis.append(np.stack((place * step, code, place << shift)))
-    per_axis[0][2] += guards
+def _columns(plan: Plan, slots: int, shifts: list[int], guards: int) -> IntArray:
+    places, filled = _places(plan, "columns", _kinds(plan)[:, :, None], np.arange(slots))
+    columns = np.zeros((3, *filled.shape), dtype=np.int64)
+    for axis, place, step, bias_stride, shift in zip(plan.axes, places, *_strides(plan), shifts, strict=True):
+        number = np.concatenate([np.arange(tiles.columns) for tiles in axis])
+        code = _joined(axis, "col_code")
+        columns += np.stack((number * step, code * bias_stride, number << shift)).take(place, axis=1)
+    columns[2] += guards
     # No row sees a place with all bits set: the last column of a row lies below.
-    return classes.table("columns", slots, per_axis, [EMPTY, 0, guards | (guards - 1)])
+    return _padded(columns, filled, (EMPTY, 0, guards | (guards - 1)))
 
 
-def _padded(axis: tuple[AxisTiles, ...], name: str) -> IntArray:
-    """A vector of each class on an axis, as one array."""
-    vectors = [getattr(tiles, name) for tiles in axis]
-    together = np.zeros((len(vectors), max(map(len, vectors))), dtype=np.int64)
-    for row, vector in zip(together, vectors, strict=True):
-        row[: len(vector)] = vector
-    return together
+def _padded(fields: IntArray, filled: NDArray[np.bool_], empty: tuple[int, ...]) -> IntArray:
+    """`[classes, fields, slots]` from fields of slots, with `empty` in slots that a class does not have."""
+    return np.where(filled, fields, np.array(empty)[:, None, None]).swapaxes(0, 1)
 
 
-def _bases(classes: _Classes, tiles: IntArray) -> IntArray:
-    owner = np.repeat(np.arange(len(tiles)), tiles)
-    number = np.arange(len(owner)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
-    places, _ = unravel(number, classes.sizes("tiles")[:, owner])
-    bases = np.zeros((len(owner), 2), dtype=np.int64)
-    for axis, kind, place, stride in zip(classes.axes, classes.kinds, places, classes.token_strides, strict=True):
-        starts = np.concatenate([np.stack((tiles.row_start, tiles.col_start), 1) for tiles in axis])
-        before = np.cumsum([0] + [tiles.tiles for tiles in axis])
-        bases += starts[before[kind[owner]] + place] * stride
-    return bases
+def _bases(plan: Plan, tiles: IntArray) -> IntArray:
+    owner, number = _counted(tiles)
+    places, _ = _places(plan, "tiles", _kinds(plan)[:, owner], number)
+    bases = np.zeros((2, len(owner)), dtype=np.int64)
+    for axis, place, stride in zip(plan.axes, places, plan.geometry.token_strides, strict=True):
+        bases += np.stack((_joined(axis, "row_start"), _joined(axis, "col_start"))).take(place, axis=1) * stride
+    return bases.T
 
 
 def _runs(tiles: IntArray, chunks: IntArray, tiles_per_run: int) -> tuple[IntArray, IntArray]:
     """Runs of at most so many tiles of one class, and where the runs of each class begin."""
     count = -(-tiles // tiles_per_run)
-    first_run = np.append(0, np.cumsum(count))
-    owner = np.repeat(np.arange(len(tiles)), count)
-    end = np.cumsum(tiles)
-    first = (end - tiles)[owner] + (np.arange(len(owner)) - first_run[owner]) * tiles_per_run
-    return np.stack((owner, first, np.minimum(first + tiles_per_run, end[owner]), chunks[owner]), 1), first_run
+    owner, number = _counted(count)
+    end = np.cumsum(tiles)[owner]
+    first = end - tiles[owner] + number * tiles_per_run
+    runs = np.stack((owner, first, np.minimum(first + tiles_per_run, end), chunks[owner]), 1)
+    return runs, np.append(0, np.cumsum(count))
 
 
-def _members(classes: _Classes, row_slots: int, span: int) -> NDArray[np.int32]:
-    """Each row of a class has a bias entry with one column at most."""
-    offsets, _ = unravel(np.arange(np.prod(classes.bias_shape)), np.array(classes.bias_shape)[:, None])
-    rows, filled = unravel(np.arange(row_slots), classes.sizes("rows")[:, :, None])
-    sizes = classes.sizes("columns")
-    column, seen = np.zeros(1, dtype=np.int64), filled
-    for a, axis in enumerate(classes.axes):
-        of_axis = np.full((len(axis), classes.bias_shape[a], max(tiles.rows for tiles in axis)), MASKED)
-        for number, tiles in enumerate(axis):
-            of_axis[number, :, : tiles.rows] = tiles.column_of(classes.bias_shape[a])
-        own = of_axis[classes.kinds[a][:, None], offsets[a][:, None, None], rows[a]]  # [offsets, classes, rows]
-        column, seen = column * sizes[a][:, None] + own, seen & (own != MASKED)
-    pair = np.arange(len(filled) * row_slots).reshape(filled.shape) * span + column
-    return np.where(seen, pair, -1).reshape(len(pair), -1).astype(np.int32)
+def _entries(plan: Plan, slots: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """On each axis a row's bias indices and its columns are counted alike, and over the axes in the same order."""
+    kinds, offsets = _kinds(plan), np.indices(plan.geometry.bias_shape).reshape(plan.geometry.rank, -1)
+    places, filled = _places(plan, "rows", kinds[:, :, None], np.arange(slots))
+    entry, row = np.zeros((kinds.shape[1], offsets.shape[1]), dtype=np.int64), np.zeros(filled.shape, dtype=np.int64)
+    # Columns from one index on an axis to the next. In a transposed plan later columns have lower indices.
+    stride = np.full((kinds.shape[1], 1), -1 if plan.transposed else 1)
+    for axis, kind, place, offset in reversed([*zip(plan.axes, kinds, places, offsets, strict=True)]):
+        entry += offset * stride
+        row -= np.concatenate([tiles.row_code + tiles.col_code[0] for tiles in axis])[place] * stride
+        stride = stride * np.array([tiles.columns for tiles in axis])[kind][:, None]
+    return entry.astype(np.int32), row.astype(np.int32)
+
+
+def _kinds(plan: Plan) -> IntArray:
+    """`[rank, classes]`: the number of each class among those of each axis."""
+    return np.indices([len(axis) for axis in plan.axes]).reshape(len(plan.axes), -1)
+
+
+def _strides(plan: Plan) -> tuple[list[int], tuple[int, ...]]:
+    """Tokens, and bias indices, from one row or column to the next on each axis."""
+    geometry = plan.geometry
+    steps = [dilation * stride for dilation, stride in zip(geometry.dilation, geometry.token_strides, strict=True)]
+    return steps, row_major_strides(geometry.bias_shape)
+
+
+def _joined(axis: tuple[AxisTiles, ...], name: str) -> IntArray:
+    """A vector of all classes of an axis, one after the other."""
+    return np.concatenate([getattr(tiles, name) for tiles in axis])
+
+
+def _places(plan: Plan, of: str, kinds: IntArray, number: IntArray) -> tuple[list[IntArray], NDArray[np.bool_]]:
+    """Takes row-major numbers of a class's rows, columns or tiles apart: where each axis has them among its `_joined`.
+
+    And whether the class has so many at all.
+    """
+    places = []
+    for axis, kind in zip(plan.axes[::-1], kinds[::-1], strict=True):
+        sizes = np.array([getattr(tiles, of) for tiles in axis])
+        number, place = np.divmod(number, sizes[kind])
+        places.append((np.cumsum(sizes) - sizes)[kind] + place)
+    return places[::-1], number == 0
+
+
+def _counted(counts: IntArray) -> tuple[IntArray, IntArray]:
+    """Of things of which each owner has so many: the owner of each, and its number among the owner's."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def _upload(arrays: tuple[IntArray, ...], dtype: type, device: torch.device) -> list[Tensor]:

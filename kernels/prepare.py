@@ -200,13 +200,14 @@ def _folds(problem: Problem, schedule: Schedule) -> tuple[Launch, Launch]:
     """Add up bias gradients, of programs to those of each tile class's pairs, and of pairs to those of bias entries."""
     layout, heads = schedule.layout, problem.heads
     (programs, splits), classes, pairs = schedule.grid, len(layout.rows), layout.pairs
-    offsets, longest = layout.members.shape
+    offsets = problem.geometry.num_offsets
     first: Arguments = (layout.first_run, programs, splits, heads, pairs)
-    then: Arguments = (layout.members, classes * pairs, offsets, longest)
+    span = layout.columns.shape[2]
+    then: Arguments = (layout.rows, layout.columns, *layout.entries, layout.guards, classes, offsets, span)
     options = {"BLOCK": 256, "STEP": 16} | FUSION
     grid = (pairs // 256, classes, heads)
     over_programs = Launch(sum_programs_kernel, grid, first, options, shape=(heads, classes, pairs))
-    options = {"BLOCK": min(1024, padded(longest))} | FUSION
+    options = {"ROWS": layout.row_slots, "BLOCK": min(1024, padded(classes * layout.row_slots))} | FUSION
     return over_programs, Launch(fold_bias_kernel, (offsets, heads), then, options)
 
 

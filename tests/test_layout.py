@@ -67,8 +67,13 @@ def test_runs_hold_every_tile_once() -> None:
         assert layout.first_run.tolist() == [int((layout.runs[:, 0] < n).sum()) for n in range(len(shapes) + 1)]
 
 
-def test_members_are_the_pairs_of_each_bias_entry() -> None:
+def test_entries_lead_to_the_only_column_with_which_a_row_has_a_bias_entry() -> None:
     for layout in layouts():
-        index = pairs_of(layout).ravel()
-        for entry, members in enumerate(layout.members.numpy()):
-            assert sorted(members[members >= 0]) == np.flatnonzero(index == entry).tolist()
+        pairs = pairs_of(layout)
+        classes, slots, span = pairs.shape
+        entry, row = (x.numpy() for x in layout.entries)
+        column = entry[:, :, None] + row[:, None, :]  # [classes, offsets, rows]
+        inside = (column >= 0) & (column < span)
+        of_class, of_row = np.arange(classes)[:, None, None], np.arange(slots)
+        found = inside & (pairs[of_class, of_row, np.where(inside, column, 0)] == np.arange(entry.shape[1])[:, None])
+        assert found.sum() == (pairs != MASKED).sum()

@@ -135,6 +135,6 @@ def _kernel_row(kernel: dict[str, Any]) -> list[str]:
 def _title(kernel: dict[str, Any]) -> str:
     constants = kernel["constants"]
     name = kernel["kernel"].removesuffix("_kernel")
-    size = f" {constants['ROWS']}x{constants['CHUNK']}" if "ROWS" in constants else ""
+    size = f" {constants['ROWS']}x{constants['CHUNK']}" if "CHUNK" in constants else ""
     flags = [k.lower() for k in ("ONE_CHUNK", "ALL_CHUNKS", "GRAD_QUERY", "GRAD_BIAS") if constants.get(k)]
     return f"{name}{size} {' '.join(flags)} w{kernel['num_warps']} s{kernel['num_stages']}".replace("  ", " ")

@@ -144,6 +144,7 @@ def convert(machine: Machine, instruction: Instruction, to: str, *sources: Opera
         values = [HALVES[kind].decode(machine.read(x, "u2")) for x in sources]
     else:
         values = [machine.read(x, TYPES[kind]) for x in sources]
+        values = [x[:: max(1, x.size // len(machine.threads))] for x in values]  # the low part of a wider register
     if target.endswith("x2"):
         high, low = (HALVES[target[:-2]].encode(x).astype("u4") for x in values)
         machine.write(to, high << 16 | low)
