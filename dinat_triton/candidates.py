@@ -6,95 +6,66 @@ what that gives is shared by all geometries, passes and maps that have such an a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from math import prod
+from functools import cached_property, lru_cache, reduce
 
 import numpy as np
 
-from dinat_triton.geometry import Axis, Geometry, IntArray
+from dinat_triton.geometry import Axis, Geometry, IntArray, counted
+from dinat_triton.runs import Runs, cut
 
 # Axes are cut for tiles of so many rows at least, so that passes with smaller tiles share what was counted.
 SHARED_ROWS = 64
 
 
-@dataclass(frozen=True, eq=False)
-class AxisRuns:
-    """An axis cut into runs of several lengths. Each entry stands for tiles of one shape under one of the lengths."""
+class AxisCounts:
+    """What an axis holds when it is cut into runs of each length worth trying, `[lengths]` each."""
 
-    lengths: IntArray  # [runs]
-    run: IntArray  # [entries] which length
-    rows: IntArray  # [entries] of a tile
-    columns: IntArray  # [entries] of a tile
-    tiles: IntArray  # [entries] how many there are
-    picture: IntArray  # [marks, entries] what tells tiles of a shape apart: where the windows lie and how long they are
+    def __init__(self, runs: Runs):
+        self._runs, self.lengths = runs, runs.lengths
 
     @cached_property
     def col_loads(self) -> IntArray:
-        """`[runs]`: columns of all tiles."""
-        return self._sum(self.tiles * self.columns)
+        """Columns of all tiles."""
+        return self._sum(self._runs.tiles * self._runs.columns)
 
     @cached_property
     def scores(self) -> IntArray:
-        """`[runs]`: pairs of all tiles."""
-        return self._sum(self.tiles * self.rows * self.columns)
+        """Pairs of all tiles."""
+        return self._sum(self._runs.tiles * self._runs.rows * self._runs.columns)
 
     @cached_property
     def most_columns(self) -> IntArray:
-        """`[runs]`: columns of the widest tile."""
+        """Columns of the widest tile."""
         return self.widths[0].max(1)
 
     @cached_property
     def pictures(self) -> tuple[IntArray, IntArray]:
-        """`[runs]`: different tiles, and their pairs."""
-        marks = np.stack((self.rows, self.columns, *self.picture, self.run))
+        """Different tiles, and their pairs."""
+        marks = np.stack((*self._runs.pictures, self._runs.run))
         marks = marks[:, np.lexsort(marks)]
         rows, columns, *_, run = marks[:, np.append(True, (np.diff(marks) != 0).any(0))]
         return np.bincount(run), np.bincount(run, rows * columns).astype(np.int64)
 
     @cached_property
     def widths(self) -> tuple[IntArray, IntArray]:
-        """`[runs, widths]`: the different numbers of columns that tiles have, and how many have each; padded with 0."""
-        spread = int(self.columns.max()) + 1
-        key, index = np.unique(self.run * spread + self.columns, return_inverse=True)
-        run, column = key // spread, key % spread
-        place = np.arange(len(key)) - np.searchsorted(run, run)
+        """`[lengths, widths]`: the numbers of columns that tiles have, and how many have each; padded with 0."""
+        spread = int(self._runs.columns.max()) + 1
+        tiles_of = np.bincount(self._runs.run * spread + self._runs.columns, self._runs.tiles)
+        found = np.flatnonzero(tiles_of)
+        run, column = np.divmod(found, spread)
+        _, place = counted(np.bincount(run))
         columns, tiles = np.zeros((2, len(self.lengths), int(place.max()) + 1), dtype=np.int64)
-        columns[run, place] = column
-        tiles[run, place] = np.bincount(index.ravel(), self.tiles)
+        columns[run, place], tiles[run, place] = column, tiles_of[found]
         return columns, tiles
 
     def _sum(self, counts: IntArray) -> IntArray:
-        return np.bincount(self.run, counts).astype(np.int64)
+        return np.bincount(self._runs.run, counts).astype(np.int64)
 
 
 @lru_cache(maxsize=512)
-def cut_axis(axis: Axis, most_rows: int, transposed: bool = False) -> AxisRuns:
-    """Cuts an axis into runs of all lengths worth trying, each kind of tile once and not each tile."""
-    lengths = run_lengths(axis, most_rows)
-    parts = []
-    for length, residues in axis.residue_classes():
-        start, end = axis.observers(length) if transposed else axis.windows(length)
-        margin, tiles = axis.border, -(-length // lengths)
-        # Tiles near the ends one by one, and one for all between: runs keep a stride's queries together.
-        left = np.minimum(-(-margin // lengths), tiles)
-        right = np.maximum(left, (length - margin) // lengths)
-        inner = right > left
-        kinds = left + inner + tiles - right
-        run = np.repeat(np.arange(len(lengths)), kinds)
-        kind = np.arange(len(run)) - np.repeat(np.cumsum(kinds) - kinds, kinds)
-        stands_for_all = inner[run] & (kind == left[run])
-        skipped = (right - left - inner)[run]
-        number = kind + np.where(kind >= (left + inner)[run], skipped, 0)
-        first = number * lengths[run]
-        past = np.minimum(first + lengths[run], length)
-        rows, column = past - first, start[first]
-        count = np.where(stands_for_all, skipped + 1, 1) * len(residues)
-        starts, lengths_seen = (np.append(0, np.cumsum(x)) for x in (start, end - start))
-        ahead = starts[past] - starts[first] - rows * column
-        picture = np.stack((first - column, ahead, lengths_seen[past] - lengths_seen[first]))
-        parts.append((run, rows, end[past - 1] - column, count, picture))
-    return AxisRuns(lengths, *(np.concatenate(part, axis=-1) for part in zip(*parts, strict=True)))
+def count_axis(axis: Axis, most_rows: int, transposed: bool = False) -> AxisCounts:
+    """What an axis holds under each run of at most so many rows that is worth trying."""
+    return AxisCounts(cut(axis, run_lengths(axis, most_rows), transposed))
 
 
 def run_lengths(axis: Axis, most_rows: int) -> IntArray:
@@ -115,10 +86,10 @@ class Candidates:
 
     def __init__(self, geometry: Geometry, most_rows: int, transposed: bool = False):
         self.geometry = geometry
-        self._axes = [cut_axis(axis, max(most_rows, SHARED_ROWS), transposed) for axis in geometry.axes]
-        index = np.indices([len(axis.lengths) for axis in self._axes]).reshape(geometry.rank, -1)
-        fits = np.prod([axis.lengths[i] for axis, i in zip(self._axes, index, strict=True)], axis=0) <= most_rows
-        self._index = index[:, fits] if fits.any() else index[:, :1]
+        self._axes = [count_axis(axis, max(most_rows, SHARED_ROWS), transposed) for axis in geometry.axes]
+        rows: IntArray = reduce(np.multiply.outer, [axis.lengths for axis in self._axes])
+        fits = rows <= max(most_rows, int(rows.min()))  # the smallest tile, if none is small enough
+        self._index = np.nonzero(fits)
         self.tiles = np.stack([axis.lengths[i] for axis, i in zip(self._axes, self._index, strict=True)], 1)
 
     @property
@@ -162,4 +133,4 @@ class Candidates:
         return (tiles * (-(-columns // chunk) * chunk)).sum(1)
 
     def _product(self, per_axis: list[IntArray]) -> IntArray:
-        return prod(counts[i] for counts, i in zip(per_axis, self._index, strict=True))
+        return reduce(np.multiply, (counts[i] for counts, i in zip(per_axis, self._index, strict=True)))

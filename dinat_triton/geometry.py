@@ -44,7 +44,7 @@ class Axis:
     @property
     def border(self) -> int:
         """Distance from the ends of a residue class at which neither windows nor observers know of them any more."""
-        return 2 * (self.kernel + self.stride)
+        return self.kernel + self.stride
 
     def residue_classes(self) -> Iterator[tuple[int, IntArray]]:
         """Yields (class length, its residues). Lengths differ by one where the dilation does not divide the size."""
@@ -61,7 +61,7 @@ class Axis:
             leader = np.minimum(leader + self.stride - 1, length - 1)
             return np.maximum(leader - self.kernel + 1, 0), query + 1
         leader = np.minimum(leader + self.stride // 2, length - 1)
-        start = np.clip(leader - self.kernel // 2, 0, length - self.kernel)
+        start = np.minimum(np.maximum(leader - self.kernel // 2, 0), length - self.kernel)
         return start, start + self.kernel
 
     def observers(self, length: int) -> tuple[IntArray, IntArray]:
@@ -249,6 +249,12 @@ def outer_sum(per_axis: Sequence[IntArray], strides: Sequence[int]) -> IntArray:
     for index, stride in zip(per_axis, strides, strict=True):
         total = (total[:, None] + index * stride).ravel()
     return total
+
+
+def counted(counts: IntArray) -> tuple[IntArray, IntArray]:
+    """Of things of which each owner has so many: the owner of each, and its number among the owner's."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:

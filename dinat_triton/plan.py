@@ -11,11 +11,10 @@ a Cartesian product, so a plan keeps vectors and never a matrix of tiles and col
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import product
-from math import ceil, gcd, prod
+from math import prod
 
 import numpy as np
 
@@ -27,6 +26,7 @@ from dinat_triton.geometry import (
     outer_index,
     outer_sum,
 )
+from dinat_triton.runs import Runs, cut
 
 MASKED = -1  # in rel: the row does not see this column
 
@@ -69,47 +69,29 @@ class AxisTiles:
 @lru_cache(maxsize=1024)
 def tile_axis(axis: Axis, tile: int, transposed: bool = False) -> tuple[AxisTiles, ...]:
     """Cuts every residue class of an axis into runs of `tile` rows, grouped by their relative picture."""
-    classes: dict[tuple[int, bytes, bytes], tuple[list[IntArray], list[IntArray]]] = {}
-    for length, residues in axis.residue_classes():
-        start, end = axis.observers(length) if transposed else axis.windows(length)
-        for number, alike in alike_tiles(axis, length, tile):
-            row = number * tile
-            column, rows = int(start[row]), slice(row, min(row + tile, length))
-            first, last = start[rows] - column, end[rows] - column - 1
-            picture = (row - column, first.tobytes(), last.tobytes())
-            row_starts, col_starts = classes.setdefault(picture, ([], []))
-            move = (np.arange(*alike)[:, None] - number) * (tile * axis.dilation) + residues
-            row_starts.append((move + row * axis.dilation).ravel())
-            col_starts.append((move + column * axis.dilation).ravel())
-    return tuple(_axis_tiles(axis, transposed, picture, *starts) for picture, starts in classes.items())
-
-
-def alike_tiles(axis: Axis, length: int, tile: int) -> Iterator[tuple[int, tuple[int, int, int]]]:
-    """Yields tiles of a residue class, each with the range of tiles that are known to have its picture.
-
-    Between the borders, pictures repeat with the stride.
-    """
-    margin, period = axis.border, axis.stride // gcd(axis.stride, tile)
-    end = ceil(length / tile)
-    left = min(ceil(margin / tile), end)
-    right = max(left, (length - margin) // tile)
-    for number in (*range(left), *range(right, end)):
-        yield number, (number, number + 1, 1)
-    for number in range(left, min(left + period, right)):
-        yield number, (number, right, period)
+    runs = cut(axis, np.array([tile]), transposed)
+    classes: dict[tuple[int, bytes, bytes], list[int]] = {}
+    for entry, (row, column, at, past) in enumerate(zip(runs.row, runs.column, runs.first, runs.past, strict=True)):
+        seen = runs.start[at:past] - column, runs.end[at:past] - column - 1
+        classes.setdefault((row - column, seen[0].tobytes(), seen[1].tobytes()), []).append(entry)
+    return tuple(_axis_tiles(axis, transposed, runs, *kind) for kind in classes.items())
 
 
 def _axis_tiles(
-    axis: Axis, transposed: bool, picture: tuple[int, bytes, bytes], row_starts: list, col_starts: list
+    axis: Axis, transposed: bool, runs: Runs, picture: tuple[int, bytes, bytes], entries: list[int]
 ) -> AxisTiles:
-    """One class. A picture is where its first row lies from its first column, and the columns that the rows see."""
-    ahead, first, last = picture
-    first_column, last_column = np.frombuffer(first, np.int64), np.frombuffer(last, np.int64)
-    row, column = np.arange(len(first_column)) + ahead, np.arange(int(last_column[-1]) + 1)
+    """The class of some entries. A picture is where its first row lies from its first column, and what its rows see."""
+    ahead, first, last = picture[0], np.frombuffer(picture[1], np.int64), np.frombuffer(picture[2], np.int64)
+    row, column = np.arange(len(first)) + ahead, np.arange(int(last[-1]) + 1)
     origin = np.zeros(1, dtype=np.int64)
     row_code, col_code = (axis.offset(row, origin), -column) if transposed else (-row, axis.offset(column, origin))
-    starts = np.concatenate(row_starts), np.concatenate(col_starts)
-    return AxisTiles(first_column, last_column, len(column), row_code, col_code, *starts)
+    starts = []
+    for entry in entries:
+        rows = np.arange(runs.number[entry], runs.stop[entry], runs.step[entry]) * int(runs.lengths[0])
+        residues = runs.residues[runs.residue_class[entry]]
+        starts.append(np.add.outer(rows * axis.dilation, residues).ravel())
+    row_start = np.concatenate(starts)
+    return AxisTiles(first, last, len(column), row_code, col_code, row_start, row_start - ahead * axis.dilation)
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,7 +29,7 @@ MOST_ROWS = 1024
 # Entries of a tile class's bias table, of all heads, at most, where a smaller tile exists.
 MOST_ENTRIES = 1 << 23
 # What decides how fast a tile is.
-SOURCES = ("tiled.py", "candidates.py", "device_tiles.py", "tile_groups.py", "plan.py", "bias.py")
+SOURCES = ("tiled.py", "candidates.py", "runs.py", "device_tiles.py", "tile_groups.py", "plan.py", "bias.py")
 
 
 def forward(

@@ -30,6 +30,7 @@ TABLES = Path(__file__).parent / "tuned"
 SOURCES = (
     "plan.py",
     "candidates.py",
+    "runs.py",
     *(f"kernels/{name}.py" for name in ("forward", "backward", "primitives", "layout", "schedule", "configs")),
 )
 # Architectures whose kernels differ from another's in the shared memory that they may use alone share its table.
@@ -143,8 +144,9 @@ def choose_config(
         maps: Batch times heads.
     """
     key = f"{name}/{dim}/{bits}"
+    own_key = None if geometry is None else f"{key}/{store.geometry_key(geometry)}"
     for table in (load_user_table(device), load_user_table(architecture), load_table(architecture)):
-        own = None if geometry is None else store.nearest(table, f"{key}/{store.geometry_key(geometry)}", maps)
+        own = None if own_key is None else store.nearest(table, own_key, maps)
         found = own or table.get(key)
         if found is not None:
             return found
@@ -189,7 +191,7 @@ def forget_tables() -> None:
 
 def padded(n: int) -> int:
     """The power of two that a matrix instruction's side of `n` is padded to."""
-    return max(16, triton.next_power_of_2(n))
+    return max(16, 1 << (n - 1).bit_length())
 
 
 def plan_cost(plan: Plan, token_bytes: int) -> float:

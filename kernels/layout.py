@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dinat_triton.geometry import IntArray, row_major_strides
+from dinat_triton.geometry import IntArray, counted, row_major_strides
 from dinat_triton.plan import AxisTiles, Plan
 
 EMPTY = -(2**31)  # the offset of a slot without a token: negative from every base
@@ -79,7 +79,7 @@ def layout_of(plan: Plan, tiles_per_run: int, wide: bool, device: torch.device) 
         wide: Whether token addresses within a batch item need 64 bits.
         device: Where to.
     """
-    tiles, rows, columns = plan.shapes.T
+    kinds, (tiles, rows, columns) = _kinds(plan), plan.shapes.T
     chunks = -(-columns // plan.chunk)
     max_chunks = int(chunks.max())
     bits = [max(tiles.columns for tiles in axis).bit_length() for axis in plan.axes]
@@ -87,17 +87,17 @@ def layout_of(plan: Plan, tiles_per_run: int, wide: bool, device: torch.device) 
     guards = sum(1 << (shift + n) for shift, n in zip(shifts, bits, strict=True))
     runs, first_run = _runs(tiles, chunks, tiles_per_run)
     arrays = (
-        _rows(plan, plan.block or int(rows.max()), shifts, guards),
-        _columns(plan, max_chunks * plan.chunk, shifts, guards),
-        _bases(plan, tiles),
+        _rows(plan, kinds, plan.block or int(rows.max()), shifts, guards),
+        _columns(plan, kinds, max_chunks * plan.chunk, shifts, guards),
+        _bases(plan, kinds, tiles),
         runs,
         first_run,
     )
     return Layout(plan, max_chunks, guards, *_upload(arrays, np.int64 if wide or end > 31 else np.int32, device))
 
 
-def _rows(plan: Plan, slots: int, shifts: list[int], guards: int) -> IntArray:
-    places, filled = _places(plan, "rows", _kinds(plan)[:, :, None], np.arange(slots))
+def _rows(plan: Plan, kinds: IntArray, slots: int, shifts: list[int], guards: int) -> IntArray:
+    places, filled = _places(plan, "rows", kinds[:, :, None], np.arange(slots))
     rows = np.zeros((4, *filled.shape), dtype=np.int64)
     for axis, place, step, bias_stride, shift in zip(plan.axes, places, *_strides(plan), shifts, strict=True):
         number = np.concatenate([np.arange(tiles.rows) for tiles in axis])
@@ -107,8 +107,8 @@ def _rows(plan: Plan, slots: int, shifts: list[int], guards: int) -> IntArray:
     return _padded(rows, filled, (EMPTY, 0, guards - 1, 2 * guards))
 
 
-def _columns(plan: Plan, slots: int, shifts: list[int], guards: int) -> IntArray:
-    places, filled = _places(plan, "columns", _kinds(plan)[:, :, None], np.arange(slots))
+def _columns(plan: Plan, kinds: IntArray, slots: int, shifts: list[int], guards: int) -> IntArray:
+    places, filled = _places(plan, "columns", kinds[:, :, None], np.arange(slots))
     columns = np.zeros((3, *filled.shape), dtype=np.int64)
     for axis, place, step, bias_stride, shift in zip(plan.axes, places, *_strides(plan), shifts, strict=True):
         number = np.concatenate([np.arange(tiles.columns) for tiles in axis])
@@ -124,9 +124,9 @@ def _padded(fields: IntArray, filled: NDArray[np.bool_], empty: tuple[int, ...])
     return np.where(filled, fields, np.array(empty)[:, None, None]).swapaxes(0, 1)
 
 
-def _bases(plan: Plan, tiles: IntArray) -> IntArray:
-    owner, number = _counted(tiles)
-    places, _ = _places(plan, "tiles", _kinds(plan)[:, owner], number)
+def _bases(plan: Plan, kinds: IntArray, tiles: IntArray) -> IntArray:
+    owner, number = counted(tiles)
+    places, _ = _places(plan, "tiles", kinds[:, owner], number)
     bases = np.zeros((2, len(owner)), dtype=np.int64)
     for axis, place, stride in zip(plan.axes, places, plan.geometry.token_strides, strict=True):
         bases += np.stack((_joined(axis, "row_start"), _joined(axis, "col_start"))).take(place, axis=1) * stride
@@ -136,7 +136,7 @@ def _bases(plan: Plan, tiles: IntArray) -> IntArray:
 def _runs(tiles: IntArray, chunks: IntArray, tiles_per_run: int) -> tuple[IntArray, IntArray]:
     """Runs of at most so many tiles of one class, and where the runs of each class begin."""
     count = -(-tiles // tiles_per_run)
-    owner, number = _counted(count)
+    owner, number = counted(count)
     end = np.cumsum(tiles)[owner]
     first = end - tiles[owner] + number * tiles_per_run
     runs = np.stack((owner, first, np.minimum(first + tiles_per_run, end), chunks[owner]), 1)
@@ -185,12 +185,6 @@ def _places(plan: Plan, of: str, kinds: IntArray, number: IntArray) -> tuple[lis
         number, place = np.divmod(number, sizes[kind])
         places.append((np.cumsum(sizes) - sizes)[kind] + place)
     return places[::-1], number == 0
-
-
-def _counted(counts: IntArray) -> tuple[IntArray, IntArray]:
-    """Of things of which each owner has so many: the owner of each, and its number among the owner's."""
-    owner = np.repeat(np.arange(len(counts)), counts)
-    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def _upload(arrays: tuple[IntArray, ...], dtype: type, device: torch.device) -> list[Tensor]:

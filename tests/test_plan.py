@@ -46,6 +46,14 @@ def test_a_plan_holds_every_pair_once(transposed: bool) -> None:
         assert sorted(pairs_of(plan)) == sorted(expected_pairs(g, transposed)), (sample, tile)
 
 
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "tile", "transposed"), [(68, 22, 3, 4, False), (46, 10, 8, 14, True)]
+)
+def test_windows_of_equal_sums_are_told_apart(size: int, kernel: int, stride: int, tile: int, transposed: bool) -> None:
+    g = Geometry((size,), (kernel,), stride=(stride,), is_causal=(True,))
+    assert sorted(pairs_of(Plan(g, (tile,), transposed=transposed))) == sorted(expected_pairs(g, transposed))
+
+
 def test_every_token_is_a_row_once_and_columns_are_cut_to_the_span() -> None:
     for sample in SAMPLES:
         g = geometry(sample)

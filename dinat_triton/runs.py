@@ -1,0 +1,101 @@
+"""An axis cut into runs of rows, which are its tiles: every kind of tile once, and not every tile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from dinat_triton.geometry import Axis, IntArray, counted
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """Tiles of an axis under each of some lengths of run. An entry stands for tiles of one length and one picture.
+
+    Attributes:
+        lengths: `[runs]`: rows of a tile; the last of a residue class may have fewer.
+        start, end: Half-open intervals of columns that rows see, of all residue classes one after the other.
+        residues: Of each residue class.
+        run, residue_class: `[entries]`: which length, and where.
+        row: `[entries]`: class index of the first row of its first tile.
+        first, past: `[entries]`: where the rows of its first tile are in `start` and `end`.
+        number, stop, step: `[entries]`: the range of its tiles, counted from the ends of their residue class.
+    """
+
+    lengths: IntArray
+    start: IntArray
+    end: IntArray
+    residues: list[IntArray]
+    run: IntArray
+    residue_class: IntArray
+    row: IntArray
+    first: IntArray
+    past: IntArray
+    number: IntArray
+    stop: IntArray
+    step: IntArray
+
+    @cached_property
+    def rows(self) -> IntArray:
+        """`[entries]` of a tile."""
+        return self.past - self.first
+
+    @cached_property
+    def column(self) -> IntArray:
+        """`[entries]`: class index of the first column of its first tile."""
+        return self.start[self.first]
+
+    @cached_property
+    def columns(self) -> IntArray:
+        """`[entries]` of a tile."""
+        return self.end[self.past - 1] - self.column
+
+    @cached_property
+    def tiles(self) -> IntArray:
+        """`[entries]`: how many there are."""
+        residues = np.array([len(own) for own in self.residues])
+        return -((self.number - self.stop) // self.step) * residues[self.residue_class]
+
+    @cached_property
+    def pictures(self) -> IntArray:
+        """`[marks, entries]`: what tells tiles apart: rows, columns, where the windows lie and how long they are."""
+        starts, seen = (np.append(0, np.cumsum(x)) for x in (self.start, self.end - self.start))
+        ahead = starts[self.past] - starts[self.first] - self.rows * self.column
+        return np.stack((self.rows, self.columns, self.row - self.column, ahead, seen[self.past] - seen[self.first]))
+
+
+def cut(axis: Axis, lengths: IntArray, transposed: bool) -> Runs:
+    """Cuts every residue class of an axis into runs of each length."""
+    classes = list(axis.residue_classes())
+    starts, ends = zip(*(axis.observers(n) if transposed else axis.windows(n) for n, _ in classes), strict=True)
+    sizes = np.array([length for length, _ in classes])
+    # One by one near the ends, where tiles have pictures of their own; between, pictures repeat with the stride.
+    run, residue_class = np.divmod(np.arange(len(lengths) * len(classes)), len(classes))
+    length, size = lengths[run], sizes[residue_class]
+    end = -(-size // length)
+    left = np.minimum(-(-axis.border // length), end)
+    right = np.maximum(left, (size - axis.border) // length)
+    period = axis.stride // np.gcd(axis.stride, length)
+    between = np.minimum(period, right - left)
+    owner, kind = counted(left + between + end - right)
+    left, right, between, length, size = (x[owner] for x in (left, right, between, length, size))
+    is_right = kind >= left + between
+    number = kind + np.where(is_right, right - left - between, 0)
+    row = number * length
+    first = row + (np.cumsum(sizes) - sizes)[residue_class[owner]]
+    return Runs(
+        lengths,
+        np.concatenate(starts),
+        np.concatenate(ends),
+        [residues for _, residues in classes],
+        run[owner],
+        residue_class[owner],
+        row,
+        first,
+        first + np.minimum(length, size - row),
+        number,
+        np.where(is_right | (kind < left), number + 1, right),
+        period[owner],
+    )
