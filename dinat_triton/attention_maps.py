@@ -43,8 +43,7 @@ class AttentionLayer:
         keys = geometry.keys_of(query)
         token = geometry.token_at(query)
         q, k = q.flatten(1, -3)[:, token], k.flatten(1, -3)[:, torch.as_tensor(keys)]
-        scale = module.scale if module.scale is not None else q.shape[-1] ** -0.5
-        logits = scale * torch.einsum("bhd,bmhd->bhm", q, k)
+        logits = module.scale * torch.einsum("bhd,bmhd->bhm", q, k)
         if module.rpb is not None:
             tokens, offsets = geometry.neighbors()
             logits = logits + module.rpb.flatten(1)[:, torch.as_tensor(offsets[token][tokens[token] >= 0])]

@@ -21,7 +21,7 @@ COMMANDS = {
     "models": "list the published models and their weights",
     "plot": "draw neighborhoods, receptive fields, plans and attention",
     "roofline": "draw every layer against what the machine allows",
-    "run": "run a script that has the models in timm and transformers' DiNAT repaired",
+    "run": "run a script that has the models in timm, transformers' DiNAT repaired and, if asked for, our natten",
     "train": "train or fine-tune a model on images, on any number of devices",
     "tune": "search the fastest tiles and launch options for this machine",
     "validate": "measure the accuracy of a model on labelled images",

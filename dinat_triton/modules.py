@@ -80,8 +80,9 @@ class _NeighborhoodAttention(nn.Module):
             raise ValueError(f"num_heads must divide embed_dim {embed_dim}, got {num_heads}")
         if not 0.0 <= attn_drop < 1.0:
             raise ValueError(f"attn_drop must be at least 0 and below 1, got {attn_drop}")
-        self.num_heads, self.scale, self.attn_drop = num_heads, qk_scale, attn_drop
-        self.qkv_sizes = [3, num_heads, embed_dim // num_heads]
+        self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
+        self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
+        self.qkv_sizes = [3, num_heads, self.head_dim]
         self.window = window_of(self.rank, kernel_size, stride, dilation, is_causal)
         kernels, _, dilations, _ = split_window(self.window)
         self.span = [k * d for k, d in zip(kernels, dilations, strict=True)]
@@ -91,6 +92,7 @@ class _NeighborhoodAttention(nn.Module):
         bias_shape = (num_heads, *(2 * k - 1 for k in kernels))
         rpb = nn.Parameter(torch.empty(bias_shape, device=device, dtype=dtype)) if rel_pos_bias else None
         self.register_parameter("rpb", rpb)
+        self.attn_drop = nn.Dropout(attn_drop)  # applied by the attention, which asks for its probability
         self.proj = nn.Linear(embed_dim, embed_dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
         if rpb is not None:
@@ -99,7 +101,7 @@ class _NeighborhoodAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         padded = pad_to_span(x, self.span)
         qkv = split_heads(self.qkv(padded), self.qkv_sizes)
-        out = attend(qkv, self.window, self.rpb, self.scale, self.attn_drop if self.training else 0.0)
+        out = attend(qkv, self.window, self.rpb, self.scale, self.attn_drop.p if self.attn_drop.training else 0.0)
         return self.proj_drop(self.proj(crop_like(out.flatten(-2), x)))
 
     def extra_repr(self) -> str:

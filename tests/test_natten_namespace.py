@@ -3,6 +3,8 @@
 import inspect
 import itertools
 import math
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ from torch import Tensor, nn
 
 import dinat_triton as dt
 from dinat_triton.bench import memory
-from dinat_triton.integrations import natten, natten_0_14
+from dinat_triton.integrations import natten, natten_0_14, natten_0_17, natten_0_20
+from dinat_triton.integrations.natten import arguments, unfused
 from tests.oracles import brute, sampling
 from tests.oracles import natten as oracle
 
@@ -158,32 +161,25 @@ def test_both_steps_are_the_fused_function() -> None:
         torch.testing.assert_close(*grads)
 
 
-def test_older_names_are_the_same_functions() -> None:
-    query, key, value = torch.randn(3, 1, 2, 5, 6, 7, 4)
-    rpb = torch.randn(2, 3, 5, 5)
-    expected = natten.na3d_qk(query, key, (2, 3, 3), (2, 1, 1), rpb=rpb)
-    for module in (natten, natten_0_14):
-        torch.testing.assert_close(module.natten3dqkrpb(query, key, rpb, 2, 3, 2, 1), expected)
-        attn = module.natten3dqk(query, key, 2, 3, 2, 1).softmax(-1)
-        torch.testing.assert_close(attn, natten.na3d_qk(query, key, (2, 3, 3), (2, 1, 1)).softmax(-1))
-        out = module.natten3dav(attn, value, 2, 3, 2, 1)
-        torch.testing.assert_close(out, natten.na3d_av(attn, value, (2, 3, 3), (2, 1, 1)))
-    torch.testing.assert_close(natten_0_14.na3d_qk_with_bias(query, key, rpb, 2, 3, 2, 1), expected)
-    torch.testing.assert_close(natten_0_14.na3d_qk(query, key, 2, 3, 2, 1).softmax(-1), attn)
-    torch.testing.assert_close(natten_0_14.na3d_av(attn, value, 2, 3, 2, 1), out)
-
-    for rank in (1, 2):
-        query, key, value = torch.randn(3, 2, 2, *(9, 8)[:rank], 4)
-        rpb = torch.randn(2, *[5] * rank)
+@pytest.mark.parametrize("module", [natten, natten_0_14, natten_0_17])
+@pytest.mark.parametrize("extra", [0, EXTRA])
+def test_older_names_are_the_same_functions(module, extra: int) -> None:
+    for rank, window, flat in ((1, (3, 2), (3, 2)), (2, (3, 2), (3, 2)), (3, ((5, 3, 3), (1, 2, 2)), (5, 3, 1, 2))):
+        query, key, value = torch.randn(3, 2, 2, *(6, 7, 6)[3 - rank :], 4)
+        keys, values = torch.randn(2, 2, 2, extra, 4) if extra else (None, None)
+        rpb = torch.randn(2, *([9, 5, 5] if rank == 3 else [5] * rank))
         qk, av = getattr(natten, f"na{rank}d_qk"), getattr(natten, f"na{rank}d_av")
-        biased, plain = qk(query, key, 3, 2, rpb=rpb), qk(query, key, 3, 2)
-        for module in (natten, natten_0_14):
-            torch.testing.assert_close(getattr(module, f"natten{rank}dqkrpb")(query, key, rpb, 3, 2), biased)
-            torch.testing.assert_close(getattr(module, f"natten{rank}dqkrpb")(query, key, None, 3, 2), plain)
-            torch.testing.assert_close(getattr(module, f"natten{rank}dqk")(query, key, 3, 2), plain)
-            out = getattr(module, f"natten{rank}dav")(plain.softmax(-1), value, 3, 2)
-            torch.testing.assert_close(out, av(plain.softmax(-1), value, 3, 2))
-        torch.testing.assert_close(getattr(natten_0_14, f"na{rank}d_qk_with_bias")(query, key, rpb, 3, 2), biased)
+        biased, plain = qk(query, key, *window, keys, rpb=rpb), qk(query, key, *window, keys)
+        weighted = av(plain.softmax(-1), value, *window, values)
+        older = [getattr(module, f"natten{rank}d{step}") for step in ("qkrpb", "qk", "av")]
+        both = [older]
+        if module is natten_0_14:
+            both.append([getattr(module, f"na{rank}d_{step}") for step in ("qk_with_bias", "qk", "av")])
+        for qkrpb, qk, av in both:
+            torch.testing.assert_close(qkrpb(query, key, rpb, *flat, keys), biased)
+            torch.testing.assert_close(qkrpb(query, key, None, *flat, keys), plain)
+            torch.testing.assert_close(qk(query, key, *flat, keys), plain)
+            torch.testing.assert_close(av(plain.softmax(-1), value, *flat, values), weighted)
 
 
 def test_positional_arguments_are_read_in_the_order_of_their_version() -> None:
@@ -209,6 +205,10 @@ def test_positional_arguments_are_read_in_the_order_of_their_version() -> None:
     torch.testing.assert_close(theirs(3, rpb=rpb), ours(dilation=3, rpb=rpb))
     torch.testing.assert_close(theirs(dilation=2, backend="cutlass-fna", q_tile_shape=(8, 8)), ours(dilation=2))
     torch.testing.assert_close(theirs(return_lse=True), ours(return_lse=True))
+    torch.testing.assert_close(theirs(stride=None, dilation=None, is_causal=None), ours())
+    torch.testing.assert_close(natten_0_17.na2d(query, key, value, 3, 2), ours(dilation=2))
+    torch.testing.assert_close(natten_0_20.na2d(query, key, value, 3, 2), ours(stride=2))
+    torch.testing.assert_close(natten.neighborhood_attention_generic(query, key, value, 3, 2), ours(stride=2))
     with pytest.raises(TypeError, match=r"na2d got 2 after kernel_size.*dilation=2 or stride=2"):
         theirs(2)
     with pytest.raises(TypeError, match="dilation by position and by name"):
@@ -267,21 +267,32 @@ def test_a_module_of_the_nat_repository_is_ours(functions, shape: tuple[int, int
 def test_modules_take_the_arguments_of_their_version() -> None:
     recent = natten.NeighborhoodAttention2D(16, 2, 3, 2, 2, (True, False), False, 0.1, 0.0)
     assert recent.window == [3, 3, 2, 2, 2, 2, 1, 0]
-    assert recent.scale == 0.1
+    assert (recent.scale, recent.head_dim, recent.kernel_size, recent.window_size) == (0.1, 8, (3, 3), (6, 6))
     assert set(recent.state_dict()) == {"qkv.weight", "proj.weight", "proj.bias"}
     older = natten.NeighborhoodAttention1D(16, 2, 3, 2, False, True, attn_drop=0.2)
-    assert older.window == [3, 1, 2, 0]
+    assert older.window == natten_0_17.NeighborhoodAttention1D(16, 2, 3, 2).window == [3, 1, 2, 0]
     assert older.rpb.shape == (2, 5)
-    assert older.attn_drop == 0.2
+    assert (older.attn_drop.p, older.scale) == (0.2, 8**-0.5)
+    assert natten_0_20.NeighborhoodAttention2D(16, 2, 3, 2).window == [3, 3, 2, 2, 1, 1, 0, 0]
     with pytest.raises(TypeError, match="NeighborhoodAttention2D got 2 after kernel_size"):
         natten.NeighborhoodAttention2D(16, 2, 3, 2)
+    with pytest.raises(TypeError, match="bias"):
+        natten_0_17.NeighborhoodAttention2D(16, 2, 3, bias=True)
 
     assert natten_0_14.NeighborhoodAttention1D(16, 2, 3, dilation=None).rpb.shape == (2, 5)
-    assert natten_0_14.NeighborhoodAttention1D(16, 2, 3, 2, False).rpb is None
-    deep = natten_0_14.NeighborhoodAttention3D(16, 2, 3, 2, 1, 2)
-    assert deep.window == [2, 3, 3, 1, 1, 1, 2, 1, 1, 0, 0, 0]
-    assert deep.rpb.shape == (2, 3, 5, 5)
-    assert deep(torch.randn(1, 4, 5, 6, 16)).shape == (1, 4, 5, 6, 16)
+    plain = natten_0_14.NeighborhoodAttention1D(16, 2, 3, 2, False)
+    assert plain.rpb is None
+    assert (plain.kernel_size, plain.dilation, plain.window_size) == (3, 2, 6)
+    deep = natten_0_14.NeighborhoodAttention3D(16, 2, 3, 5, 1, 2)
+    assert deep.window == [5, 3, 3, 1, 1, 1, 2, 1, 1, 0, 0, 0]
+    assert deep.rpb.shape == (2, 9, 5, 5)
+    assert deep(torch.randn(1, 10, 5, 6, 16)).shape == (1, 10, 5, 6, 16)
+
+
+def test_a_module_without_the_bias_it_had_until_0_15_is_no_silent_guess() -> None:
+    with pytest.warns(UserWarning, match="pass rel_pos_bias, or use dinat_triton.integrations.natten_0_14"):
+        assert natten.NeighborhoodAttention2D(16, kernel_size=3, num_heads=2, dilation=None, attn_drop=0.0).rpb is None
+    assert natten.NeighborhoodAttention2D(16, 2, 3, bias=True).rpb.shape == (2, 5, 5)
 
 
 def test_wrong_shapes_are_named() -> None:
@@ -298,6 +309,113 @@ def test_wrong_shapes_are_named() -> None:
         natten.na2d_qk(query, query[..., :5, :], 3)
 
 
+BAD_CALLS = {
+    "kernel of no number": lambda na, q, k, v: na.na2d(q, k, v, "3"),
+    "kernel of another rank": lambda na, q, k, v: na.na2d(q, k, v, (3, 3, 3)),
+    "kernel 1": lambda na, q, k, v: na.na2d(q, k, v, 1),
+    "kernel beyond the map": lambda na, q, k, v: na.na2d(q, k, v, 9),
+    "dilation beyond the map": lambda na, q, k, v: na.na2d(q, k, v, 3, dilation=3),
+    "dilation 0": lambda na, q, k, v: na.na2d(q, k, v, 3, dilation=0),
+    "stride beyond the kernel": lambda na, q, k, v: na.na2d(q, k, v, 3, stride=4),
+    "stride of no number": lambda na, q, k, v: na.na2d(q, k, v, 3, stride=1.5),
+    "causality of no truth": lambda na, q, k, v: na.na2d(q, k, v, 3, is_causal=1),
+    "another dtype": lambda na, q, k, v: na.na2d(q, k.half(), v, 3),
+    "another map": lambda na, q, k, v: na.na2d(q, k[:, 1:], v, 3),
+    "another head dim": lambda na, q, k, v: na.na2d(q, k[..., 1:], v, 3),
+    "another batch": lambda na, q, k, v: na.na2d(q, k[:1], v, 3),
+    "heads that do not divide": lambda na, q, k, v: na.na2d(q[..., :1, :], k, v, 3),
+    "additional keys alone": lambda na, q, k, v: na.na2d(q, k, v, 3, additional_keys=k.flatten(1, 2)),
+    "an unknown backend": lambda na, q, k, v: na.na2d(q, k, v, 3, backend="cuda"),
+    "no map": lambda na, q, k, v: na.neighborhood_attention_generic(q[0, 0], k[0, 0], v[0, 0], 3),
+    "attention on a map": lambda na, q, k, v: na.attention(q, k, v),
+    "attention to other values": lambda na, q, k, v: na.attention(q[0], k[0], v[0, 1:]),
+    "one part to merge": lambda na, q, k, v: na.merge_attentions([q[0]], [q[0, ..., 0]]),
+    "a module's heads": lambda na, q, k, v: na.NeighborhoodAttention2D(16, 3, 3),
+    "a module's stride": lambda na, q, k, v: na.NeighborhoodAttention2D(16, 2, 3, 0),
+}
+
+
+@pytest.mark.skipif(oracle.available() is not None, reason=str(oracle.available()))
+@pytest.mark.parametrize("call", BAD_CALLS.values(), ids=BAD_CALLS.keys())
+def test_what_natten_refuses_is_refused_as_it_does(call) -> None:
+    import natten as installed
+    from natten.functional import neighborhood_attention_generic
+
+    theirs = SimpleNamespace(**vars(installed), neighborhood_attention_generic=neighborhood_attention_generic)
+    inputs = torch.randn(3, 2, 8, 8, 2, 8)
+    with pytest.raises((ValueError, TypeError, RuntimeError, NotImplementedError)) as refusal:
+        call(theirs, *inputs)
+    with pytest.raises(refusal.type):
+        call(natten_0_20, *inputs)
+
+
+def test_older_versions_refuse_as_their_kernels_did() -> None:
+    """With a RuntimeError, as C++ does."""
+    query = torch.randn(1, 2, 8, 8, 4)
+    for bad in ({"kernel_size": 4}, {"kernel_size": 9}, {"kernel_size": 3, "dilation": 0}):
+        with pytest.raises(RuntimeError):
+            natten_0_17.na2d_qk(query, query, **bad)
+        with pytest.raises(RuntimeError):
+            natten_0_14.natten2dav(query.new_zeros(1, 2, 8, 8, 9), query, **{"dilation": 1} | bad)
+
+
+LAYOUTS = {
+    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "channels first": lambda x: x.movedim(-1, 1).contiguous().movedim(1, -1),
+    "every other channel": lambda x: torch.stack((x, x + 1), -1).flatten(-2)[..., ::2],
+    "every other row": lambda x: torch.stack((x, x + 1), 2).flatten(1, 2)[:, ::2],
+    "a part": lambda x: torch.cat((x + 1, x), -1)[..., x.shape[-1] :],
+    "expanded": lambda x: x[:1, :1].expand_as(x),
+    "expanded channels": lambda x: x[..., :1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_layouts_in_memory_change_nothing(layout) -> None:
+    """NATTEN answers some of them wrongly and says nothing."""
+    x = [torch.randn(2, 6, 7, 2, 4) for _ in range(3)]
+    attn = torch.randn(2, 6, 7, 2, 9)
+    calls = [
+        (lambda q, k, v: natten.na2d(q, k, v, 3, dilation=2), x),
+        (lambda q, k, v: natten.attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)), x),
+        (lambda q, k: natten.na2d_qk(q.movedim(-2, 1), k.movedim(-2, 1), 3), x[:2]),
+        (lambda a, v: natten.na2d_av(a.movedim(-2, 1), v.movedim(-2, 1), 3), [attn, x[0]]),
+        (lambda *outs: natten.merge_attentions([o[0] for o in outs], [o[0, ..., 0] for o in outs]), x),
+    ]
+    for call, inputs in calls:
+        strided = [layout(t).requires_grad_() for t in inputs]
+        plain = [t.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for t in strided]
+        outs = [torch.utils._pytree.tree_leaves(call(*tensors)) for tensors in (strided, plain)]
+        torch.testing.assert_close(*outs)
+        sums = [sum(o.square().sum() for o in out) for out in outs]
+        grads = [torch.autograd.grad(total, t) for total, t in zip(sums, (strided, plain), strict=True)]
+        torch.testing.assert_close(*grads)
+
+
+def test_nested_tensors_are_taken_one_by_one() -> None:
+    inputs = [[torch.randn(b, 2, n, 8, 4, requires_grad=True) for b, n in ((1, 6), (2, 7))] for _ in range(3)]
+    query, key, value = (torch.nested.as_nested_tensor(parts) for parts in inputs)
+    out = natten.na2d_av(natten.na2d_qk(query, key, 3), value, 3)
+    for got, *parts in zip(out.unbind(), *inputs, strict=True):
+        torch.testing.assert_close(got, natten.na2d_av(natten.na2d_qk(*parts[:2], 3), parts[2], 3))
+    out.unbind()[0].sum().backward()
+    assert inputs[0][0].grad.abs().sum() > 0
+    with pytest.raises(NotImplementedError, match="no nested tensors"):
+        natten.na2d(query, key, value, 3)
+
+
+def test_the_plain_pattern_is_told_its_fused_call_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unfused, "_suggested", set())
+    query = torch.randn(1, 2, 128, 128, 4)
+    scores = natten.na2d_qk(query, query, 3)
+    with pytest.warns(UserWarning, match=r"na2d_av hold 1 MiB of scores here; na2d\(query, key, value, kernel_size"):
+        natten.na2d_av(scores.softmax(-1), query, 3)
+    with warnings.catch_warnings(action="error"):
+        natten.na2d_av(scores.softmax(-1), query, 3)
+        monkeypatch.setattr(unfused, "_suggested", set())
+        natten.na2d_av(torch.nn.functional.dropout(scores.softmax(-1)), query, 3)  # which no fused call of NATTEN has
+
+
 @pytest.mark.skipif(oracle.available() is not None, reason=str(oracle.available()))
 @pytest.mark.parametrize("name", ["na1d", "na2d", "na3d", *(f"NeighborhoodAttention{rank}D" for rank in (1, 2, 3))])
 def test_all_arguments_of_the_installed_natten_are_known(name: str) -> None:
@@ -305,7 +423,7 @@ def test_all_arguments_of_the_installed_natten_are_known(name: str) -> None:
 
     function = getattr(installed, name)
     is_class = inspect.isclass(function)
-    known = set(natten._MODULE_SINCE_0_20 if is_class else natten._SINCE_0_20) | natten._KNOBS
+    known = set((arguments.MODULE if is_class else arguments.FUSED)["0.20"]) | arguments.KNOBS
     known |= {"query", "key", "value", "kernel_size", "embed_dim", "num_heads", "backend", "return_lse"}
     assert set(inspect.signature(function).parameters) <= known
 

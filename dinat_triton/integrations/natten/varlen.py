@@ -1,0 +1,67 @@
+"""`natten.utils.varlen`: sequences of different lengths, packed one after the other into one batch item."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from dinat_triton.integrations.natten.arguments import Refused
+
+__all__ = ["generate_varlen_parameters"]
+
+Pair = tuple[Tensor | None, Tensor | None]  # of queries and of keys
+
+
+def generate_varlen_parameters(
+    query: Tensor, key: Tensor, value: Tensor, seqlens_Q: Tensor | None = None, seqlens_KV: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None, int, int]:
+    """`natten.utils.varlen.generate_varlen_parameters`: cumulative sums of the lengths, and the longest of each."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError("generate_varlen_parameters reads lengths, which a compiled graph cannot: call it before")
+    if query.shape[0] != key.shape[0] or query.shape[0] != value.shape[0]:
+        raise Refused(f"key and value must have the batch of query, {len(query)}, got {len(key)} and {len(value)}")
+    if seqlens_Q is None and seqlens_KV is None:
+        return None, None, 0, 0
+    if seqlens_Q is None or seqlens_KV is None:
+        raise Refused("seqlens_Q and seqlens_KV must be given together")
+    for name, lengths in (("seqlens_Q", seqlens_Q), ("seqlens_KV", seqlens_KV)):
+        _check(name, lengths, query)
+    if seqlens_Q.shape != seqlens_KV.shape or len(seqlens_Q) == 0:
+        raise Refused(f"seqlens_Q and seqlens_KV must be of one length, got {len(seqlens_Q)} and {len(seqlens_KV)}")
+    of_queries, of_keys = (pad(x.cumsum(0, dtype=torch.int32), (1, 0)) for x in (seqlens_Q, seqlens_KV))
+    return of_queries, of_keys, int(seqlens_Q.max()), int(seqlens_KV.max())
+
+
+def sequences(
+    query: Tensor, key: Tensor, lengths: Pair, cumulative: Pair, longest: tuple[int | None, int | None]
+) -> list[tuple[slice, slice]]:
+    """Where the queries and the keys of each sequence lie; one that has all of them if nothing is packed."""
+    if any(x is not None for x in lengths):
+        *cumulative, _, _ = generate_varlen_parameters(query, key, key, *lengths)  # type: ignore[assignment]
+    elif all(x is None for x in cumulative) and not any(longest):
+        return [(slice(None), slice(None))]
+    elif any(x is None for x in (*cumulative, *longest)):
+        raise Refused(
+            "cumulative_seqlen_Q, cumulative_seqlen_KV, max_seqlen_Q and max_seqlen_KV must be given together"
+        )
+    starts = []
+    for name, sums, x in zip(("cumulative_seqlen_Q", "cumulative_seqlen_KV"), cumulative, (query, key), strict=True):
+        assert sums is not None
+        _check(name, sums, query)
+        starts.append(sums.tolist())
+        if len(starts[-1]) < 2 or starts[-1][0] != 0 or starts[-1][-1] != x.shape[1]:
+            raise Refused(f"{name} must go from 0 to the length {x.shape[1]}, got {starts[-1]}")
+    if len(starts[0]) != len(starts[1]):
+        raise Refused(f"cumulative_seqlen_Q and _KV must be of one length, got {len(starts[0])} and {len(starts[1])}")
+    slices = ([slice(*ends) for ends in pairwise(x)] for x in starts)
+    return list(zip(*slices, strict=True))
+
+
+def _check(name: str, x: Tensor, query: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.dtype != torch.int32 or x.dim() != 1 or x.device != query.device:
+        raise Refused(f"{name} must be a 1-D int32 tensor on {query.device}, got {x!r}")
+    if len(query) != 1:
+        raise Refused(f"query must have batch 1 where sequences are packed into it, got {len(query)}")
