@@ -16,7 +16,7 @@ from dinat_triton.kernels.configs import PASSES, Config, choose_config, forget_t
 from dinat_triton.layers import Layer, layers_of
 from dinat_triton.offline.assembly import Code, exchange, loop_lengths
 from dinat_triton.offline.estimate import estimate, record
-from dinat_triton.offline.inspect import Report, Variant, complaints, inspect
+from dinat_triton.offline.inspect import KernelVariant, Report, complaints, inspect
 from dinat_triton.offline.targets import TARGETS
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernels are interpreted")
@@ -25,7 +25,7 @@ GATED = ("sm_80", "sm_90", "sm_100", "gfx942")
 SLIDING, DENSE = layers_of("dinat_mini@224", batch=128)[:2]
 
 
-def forward_of(layer: Layer, arch: str, dtype: torch.dtype = torch.bfloat16) -> Variant:
+def forward_of(layer: Layer, arch: str, dtype: torch.dtype = torch.bfloat16) -> KernelVariant:
     variants, _ = record(layer, TARGETS[arch], dtype)
     return next(variant for variant in variants if variant.name == "forward")
 

@@ -13,10 +13,10 @@ from time import perf_counter
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from dinat_triton.dispatch import NAMES, why_not
 from dinat_triton.functional import na2d
-from dinat_triton.progress import ProgressBar
 
 # A DiNAT-Mini layer each: what it is, map, heads, dilation. Head dim 32, kernel 7.
 LAYERS = (
@@ -68,8 +68,7 @@ def run(args: argparse.Namespace) -> int:
     print("output and of all gradients, relative positional bias included, against the reference in float64.\n")
     rows: list[tuple[str, ...]] = []
     worst = 0.0
-    progress = ProgressBar(len(LAYERS) * len(backends))
-    for title, size, heads, dilation in LAYERS:
+    for title, size, heads, dilation in tqdm(LAYERS, "layers", disable=None):
         inputs = _inputs(args.batch, size, heads, dilation, device)
         exact = inputs.to(dtype=torch.float64).forward_backward("reference")
         for backend in backends:
@@ -81,8 +80,6 @@ def run(args: argparse.Namespace) -> int:
                 (title, f"{size}x{size}", str(dilation), backend, f"{error:.1e}", f"{forward:.2f}", f"{both:.2f}")
             )
             worst = max(worst, error)
-            progress.step(f"{title}: {backend}")
-    progress.close()
     _table(("layer", "map", "dilation", "backend", "error", "forward ms", "+ backward ms"), rows)
     if not worst < TOLERANCE:
         print(f"\nFAILED: the largest error is {worst:.1e}, allowed are {TOLERANCE:.0e}", file=sys.stderr)

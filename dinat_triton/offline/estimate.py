@@ -15,7 +15,7 @@ import torch
 from dinat_triton.kernels.configs import PASSES, Config, Preset
 from dinat_triton.kernels.schedule import Schedule, problem_of, schedule_of
 from dinat_triton.layers import Layer
-from dinat_triton.offline.inspect import Report, Variant, variants_of
+from dinat_triton.offline.inspect import KernelVariant, Report, variants_of
 from dinat_triton.offline.targets import Target
 from dinat_triton.work import BACKWARD, FORWARD, TRAFFIC, Sweep, Work
 
@@ -30,7 +30,7 @@ CHUNKED = ("forward", "query_backward", "key_backward")
 class Step:
     """One main launch of a layer, with the work that its plan makes of it."""
 
-    variant: Variant
+    variant: KernelVariant
     schedule: Schedule
     layer: Layer
     itemsize: int
@@ -95,7 +95,7 @@ class Step:
 
 def record(
     layer: Layer, target: Target, dtype: torch.dtype, configs: tuple[Config, ...] = ()
-) -> tuple[list[Variant], list[Step]]:
+) -> tuple[list[KernelVariant], list[Step]]:
     """Everything that a layer's training step launches, in order, and the main ones of it with their work."""
     variants = variants_of(layer, target, dtype, configs)
     sizes = (layer.batch, layer.heads, layer.heads, layer.dim, layer.dim)
@@ -113,7 +113,7 @@ def combined(limits: Iterable[float]) -> float:
     return sum(each**4 for each in limits) ** 0.25
 
 
-def estimate(steps: list[Step], reports: Mapping[Variant, Report], target: Target) -> list[dict[str, Any]]:
+def estimate(steps: list[Step], reports: Mapping[KernelVariant, Report], target: Target) -> list[dict[str, Any]]:
     """For the forward and for the backward of one layer: microseconds, what binds, and the floor of memory."""
     found = []
     for backward in (False, True):

@@ -41,7 +41,7 @@ TOLERATED_SPILLS = 16
 
 
 @dataclass(frozen=True)
-class Variant:
+class KernelVariant:
     """A kernel as Triton would compile it for a launch; `specialization` is Triton's own description of that."""
 
     kernel: str
@@ -95,7 +95,9 @@ class _NoDriver:
         return self.target.triton
 
 
-def variants_of(layer: Layer, target: Target, dtype: torch.dtype, configs: tuple[Config, ...] = ()) -> list[Variant]:
+def variants_of(
+    layer: Layer, target: Target, dtype: torch.dtype, configs: tuple[Config, ...] = ()
+) -> list[KernelVariant]:
     """Everything that a training step's attention launches, in order.
 
     Args:
@@ -115,14 +117,14 @@ def variants_of(layer: Layer, target: Target, dtype: torch.dtype, configs: tuple
 
 
 @contextmanager
-def _recording(target: Target) -> Iterator[list[Variant]]:
+def _recording(target: Target) -> Iterator[list[KernelVariant]]:
     """Collects what is launched instead of compiling it."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("the kernels are interpreted, so there is nothing to compile: unset TRITON_INTERPRET")
-    variants: list[Variant] = []
+    variants: list[KernelVariant] = []
 
     def stop(*, fn, compile, **_) -> bool:
-        variants.append(Variant(fn.name, compile["specialization_data"]))
+        variants.append(KernelVariant(fn.name, compile["specialization_data"]))
         return True
 
     with pretending(target), triton.knobs.runtime.scope():
@@ -160,7 +162,7 @@ class Report:
         programs: That fit a multiprocessor.
     """
 
-    variant: Variant
+    variant: KernelVariant
     target: str
     registers: int
     spills: int
@@ -182,7 +184,7 @@ class Report:
         return {"kernel": self.variant.kernel, "constants": self.variant.constants, **options, **own}
 
 
-def inspect(variant: Variant, target: Target) -> Report:
+def inspect(variant: KernelVariant, target: Target) -> Report:
     """Compiles a kernel and reads the result."""
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in variant.options.items()}
     compiled = triton.compile(variant.source, target=target.triton, options=options)
@@ -216,7 +218,7 @@ def complaints(report: Report, target: Target) -> list[str]:
     return found
 
 
-def _expected_exps(variant: Variant, target: Target) -> float:
+def _expected_exps(variant: KernelVariant, target: Target) -> float:
     if KERNELS[variant.kernel] not in EXP_KERNELS:
         return 0
     threads = variant.options["num_warps"] * target.warp

@@ -37,7 +37,7 @@ from dinat_triton.tuner.search import (
 )
 
 # Whether tiles can be closed decides which kernels a backward runs at all, so that pass comes last.
-PASSES = ("forward", "query_backward", "key_backward", "closed_backward")
+IN_TURN = ("forward", "query_backward", "key_backward", "closed_backward")
 # What the model cannot tell apart is left to the clock.
 UNMODELLED: tuple[dict[str, int], ...] = ({"stages": 3}, {"programs": 4}, {"programs": 16})
 # Configs of a layer's pass that are timed, as the budget allows, and seconds that each takes in all its rounds.
@@ -75,21 +75,21 @@ class KernelSearch:
         self.rounds = LEAST_ROUNDS if self.clock_of else 1
         warp = self.model.target.warp
         self.own = {
-            (name, layer): candidates(name, [layer], self.bits, warp) for name, layer in product(PASSES, self.layers)
+            (name, layer): candidates(name, [layer], self.bits, warp) for name, layer in product(IN_TURN, self.layers)
         }
-        self.shared = {name: candidates(name, self.layers, self.bits, warp) if self.general else [] for name in PASSES}
+        self.shared = {name: candidates(name, self.layers, self.bits, warp) if self.general else [] for name in IN_TURN}
         self.wanted: set[tuple[str, Layer, Config]] = set()
-        self.races: dict[str, dict[Layer, Race[Config]]] = {name: {} for name in PASSES}
+        self.races: dict[str, dict[Layer, Race[Config]]] = {name: {} for name in IN_TURN}
 
     def run(self) -> tuple[Found, tuple[int, int]]:
         """The results, and how many configs of layers the budget allowed to look at, of how many."""
         found = Found()
         promise = self._in_order_of_promise()
         self._compile(promise)
-        shared = {name: self._shared_shortlist(name) for name in PASSES}
+        shared = {name: self._shared_shortlist(name) for name in IN_TURN}
         for layer, share in layer_by_layer(self.layers, self.budget, found):
             found.wrong += self._tune(layer, shared, share)
-        for name in PASSES:
+        for name in IN_TURN:
             self._decide(name, found)
         return found, (len(self.wanted), len(promise))
 
@@ -97,7 +97,7 @@ class KernelSearch:
 
     def start(self, layer: Layer) -> Configs:
         """What a layer is set against: what it has now. The model only knows enough to say what is not the rule."""
-        return {name: self.in_use(name, layer) if self.clock_of else self.default(name) for name in PASSES}
+        return {name: self.in_use(name, layer) if self.clock_of else self.default(name) for name in IN_TURN}
 
     def in_use(self, name: str, layer: Layer | None = None) -> Config:
         """What a layer gets now, or a layer that nobody tuned."""
@@ -123,7 +123,7 @@ class KernelSearch:
     def _in_order_of_promise(self) -> list[tuple[str, Layer, Config]]:
         """First what is in use, then every list's best, then every list's second: the budget may end any time."""
         lists = []
-        for name, layer in product(PASSES, self.layers):
+        for name, layer in product(IN_TURN, self.layers):
             if self.applies(name, layer):
                 lists.append([(name, layer, config) for config in self.known(name, layer) + self.own[name, layer]])
                 lists.append([(name, layer, config) for config in self.shared[name]])
@@ -157,7 +157,7 @@ class KernelSearch:
         """Races the configs of every pass; the next pass runs with the winner. Returns what was found to be wrong."""
         chosen, wrong = self.start(layer), []
         clock = self.clock_of(layer) if self.clock_of else None
-        passes = [name for name in PASSES if self.applies(name, layer)]
+        passes = [name for name in IN_TURN if self.applies(name, layer)]
         for name, share in shared_out(budget, passes):
 
             def configs(config: Config, name: str = name) -> Configs:

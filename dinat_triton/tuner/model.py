@@ -21,13 +21,13 @@ import triton
 from dinat_triton.kernels.configs import PASSES, Config, choose_plan, plan_cost
 from dinat_triton.layers import Layer
 from dinat_triton.offline.estimate import Step, estimate, record
-from dinat_triton.offline.inspect import Report, Variant, inspect
+from dinat_triton.offline.inspect import KernelVariant, Report, inspect
 from dinat_triton.offline.targets import Target
 from dinat_triton.tuner.layer_run import first_line
 from dinat_triton.tuner.search import Budget, Rejection
 
 Configs = dict[str, Config]  # by pass
-Submit = Callable[[Variant], "Future[Report]"]
+Submit = Callable[[KernelVariant], "Future[Report]"]
 ROWS = CHUNKS = (16, 32, 64, 128)
 ONE_CHUNKS = (32, 64, 128)
 WARPS = (2, 4, 8)
@@ -86,7 +86,7 @@ class Model:
     def __init__(self, target: Target, dtype: torch.dtype, submit: Submit, shared: int | None = None):
         self.target, self.dtype, self.submit = target, dtype, submit
         self.shared = target.shared if shared is None else shared
-        self.compiled: dict[Variant, Future[Report]] = {}
+        self.compiled: dict[KernelVariant, Future[Report]] = {}
         self._steps: dict[tuple, list[Step]] = {}
 
     def steps(self, layer: Layer, name: str, configs: Configs) -> list[Step]:
@@ -116,7 +116,7 @@ class Model:
         for future in self.pending:
             future.cancel()
 
-    def report(self, variant: Variant) -> Report | Rejection:
+    def report(self, variant: KernelVariant) -> Report | Rejection:
         future = self.compiled.get(variant)
         if future is None or future.cancelled() or not future.done():
             return NOT_COMPILED
@@ -132,7 +132,7 @@ class Model:
     def predict(self, layer: Layer, name: str, configs: Configs) -> float | Rejection:
         """Seconds of a pass, if its kernels may be launched at all."""
         steps = self.steps(layer, name, configs)
-        reports: dict[Variant, Report] = {}
+        reports: dict[KernelVariant, Report] = {}
         for step in steps:
             report = self.report(step.variant)
             if isinstance(report, Rejection):
@@ -170,5 +170,5 @@ def compilers(target: Target, jobs: int) -> Iterator[Submit]:
             pool.shutdown(cancel_futures=True)
 
 
-def _submit(pool: ProcessPoolExecutor, target: Target, variant: Variant) -> Future[Report]:
+def _submit(pool: ProcessPoolExecutor, target: Target, variant: KernelVariant) -> Future[Report]:
     return pool.submit(inspect, variant, target)

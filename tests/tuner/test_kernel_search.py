@@ -17,10 +17,10 @@ from dinat_triton import store
 from dinat_triton.kernels import configs
 from dinat_triton.kernels.configs import Architecture, Config, choose_plan, plan_cost, rule
 from dinat_triton.layers import Layer
-from dinat_triton.offline.inspect import Report, Variant
+from dinat_triton.offline.inspect import KernelVariant, Report
 from dinat_triton.offline.targets import TARGETS, target_of
 from dinat_triton.tuner import kernel_search, model
-from dinat_triton.tuner.kernel_search import PASSES, KernelSearch, shipped
+from dinat_triton.tuner.kernel_search import IN_TURN, KernelSearch, shipped
 from dinat_triton.tuner.model import Model, Submit, candidates
 from dinat_triton.tuner.search import Budget, Found, Rejection
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kern
 TARGET = TARGETS["sm_90"]
 DENSE = Layer("7x7-d1", (7, 7), 2, (1, 1), batch=2)
 SLIDING = Layer("14x14-d1", (14, 14), 2, (1, 1), 3, batch=2)
-START = {name: rule(name, 32, 16) for name in PASSES}
+START = {name: rule(name, 32, 16) for name in IN_TURN}
 Seconds = Callable[[str, Config], float | Rejection]
 
 
@@ -45,10 +45,10 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     configs.forget_tables()
 
 
-def compiler(judge: Callable[[Variant], dict[str, object]] = lambda variant: {}) -> Submit:
+def compiler(judge: Callable[[KernelVariant], dict[str, object]] = lambda variant: {}) -> Submit:
     """Answers at once what `judge` says of a variant, without compiling it."""
 
-    def submit(variant: Variant) -> Future:
+    def submit(variant: KernelVariant) -> Future:
         fields = {
             "variant": variant, "target": TARGET.name, "registers": 64, "spills": 0, "shared": 1024, "matrix": {},
             "exps": 16, "expected_exps": 16.0, "loads": {16: 1}, "chunk_length": 100, "item_length": 100,
@@ -81,7 +81,7 @@ def entry_of(found: Found, name: str, layer: Layer | None = None) -> dict[str, i
 # What is pruned
 
 
-@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("name", IN_TURN)
 def test_plans_that_cost_too_much_are_no_candidates(name: str) -> None:
     found = candidates(name, [SLIDING], 16, 32)
     costs = [plan_cost(choose_plan(SLIDING.geometry, c, 64, name == "key_backward"), 64) for c in found]
@@ -92,12 +92,12 @@ def test_plans_that_cost_too_much_are_no_candidates(name: str) -> None:
 
 
 def test_what_spills_needs_too_much_or_does_not_compile_is_dropped() -> None:
-    def judge(variant: Variant) -> dict[str, object]:
+    def judge(variant: KernelVariant) -> dict[str, object]:
         if variant.options["num_stages"] == 4:
             raise RuntimeError("out of registers\nand more")
         return {1: {"complaints": ["spills 8 bytes"]}, 2: {"shared": 200_000}, 3: {}}[variant.options["num_stages"]]
 
-    def submit(variant: Variant) -> Future:
+    def submit(variant: KernelVariant) -> Future:
         try:
             return compiler(judge)(variant)
         except RuntimeError as error:
