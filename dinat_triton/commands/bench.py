@@ -16,6 +16,7 @@ SUBJECTS = {
     "cpu": ("layers", "all layers of dinat_mini at 224 and 384 on this CPU, forward and backward"),
     "models": ("models", "whole models against timm's of the same size: inference, training step, memory"),
     "overhead": ("overhead", "microseconds of Python per call, before anything is launched"),
+    "training": ("training", "a step of `dinat-triton train` against the bare step"),
     "profile": ("profiling", "where a model's step spends its time"),
 }
 # Answers that a subject assumes where nothing else is said.

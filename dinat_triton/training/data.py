@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.data import auto_augment, create_dataset, create_loader, resolve_data_config
 from timm.utils import random_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -25,6 +25,14 @@ SPLITS = ("train", "training", "val", "valid", "validation", "eval", "evaluation
 def seed_from(*numbers: int) -> int:
     """A seed that depends on all of the numbers, and is unlike that of any others."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """Keeps so many bits of each colour. Of none is left black, as before Pillow 13, which refuses what timm draws."""
+    return auto_augment.posterize(image, bits_to_keep) if bits_to_keep else image.point(lambda _: 0)
+
+
+auto_augment.NAME_TO_OP |= dict.fromkeys(("Posterize", "PosterizeIncreasing"), posterize)
 
 
 class Samples(Dataset):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from dinat_triton.models.checkpoints import save_state_dict
@@ -56,6 +56,10 @@ class Run:
         self.loader = accelerator.prepare(train_loader(train, recipe, config, batch))
         self.val_loader = accelerator.prepare(validation_loader(val, recipe, config, batch))
         self.beat = Beat(accelerator)
+        self.bar = tqdm(
+            total=self.epochs * self.steps * batch, unit=" images", unit_scale=True, dynamic_ncols=True,
+            disable=not (accelerator.is_main_process and sys.stderr.isatty()),
+        )  # fmt: skip
         self.terminated = False
         self.saved_at = time.monotonic()
         self.drawn_at = -math.inf
@@ -68,16 +72,13 @@ class Run:
         self.engine.load(state["engine"])
         self.loss_sum.fill_(state["loss_sum"])
         self.history = state["history"]
+        self.bar.initial = self.bar.n = self.engine.done * self.batch
 
     def go(self) -> None:
         """Goes on until all epochs are done, or SIGTERM comes."""
         handler = signal.signal(signal.SIGTERM, self._terminate)
-        quiet = not (self.accelerator.is_main_process and sys.stderr.isatty())
         try:
-            with tqdm(
-                total=self.epochs * self.steps * self.batch, initial=self.engine.done * self.batch, disable=quiet,
-                unit=" images", unit_scale=True, dynamic_ncols=True,
-            ) as self.bar:  # fmt: skip
+            with self.bar:
                 for epoch in range(len(self.history), self.epochs):
                     start, before = time.monotonic(), self.engine.done
                     self._train(epoch)
@@ -105,9 +106,13 @@ class Run:
         self.engine.parallel.train()
         self.bar.set_description(f"epoch {epoch + 1}/{self.epochs}")
         for images, labels in loader:
-            self.loss_sum += self.engine.step(images, labels)
-            self.bar.update(self.batch)
-            self._after_batch()
+            self.take(images, labels)
+
+    def take(self, images: Tensor, labels: Tensor) -> None:
+        """Takes a step, and does what is due after it."""
+        self.loss_sum += self.engine.step(images, labels)
+        self.bar.update(self.batch)
+        self._after_batch()
 
     def _finish(self, epoch: int, images_per_s: float) -> None:
         """Validates, and writes what there is after an epoch."""

@@ -11,6 +11,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from timm.data import auto_augment
 
 from dinat_triton.cli import main
 from dinat_triton.training import beat, checkpoint, recipe
@@ -161,6 +162,11 @@ def test_a_run_is_not_mixed_with_another(train, tmp_path: Path, capsys) -> None:
     said = error_of(capsys)
     assert "--epochs was 1 and is now 2; --lr was 0.001 and is now 0.5" in said
     assert "workers" not in said
+
+
+def test_augmentation_at_its_strongest_posterizes_to_black() -> None:
+    augment = auto_augment.AugmentOp("PosterizeIncreasing", prob=1.0, magnitude=10)
+    assert augment(Image.new("RGB", (2, 2), "white")).getextrema() == ((0, 0),) * 3
 
 
 @pytest.mark.parametrize("name", recipe.names())
