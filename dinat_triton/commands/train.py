@@ -83,7 +83,7 @@ def prepare(args: argparse.Namespace) -> Run:
         recipe.check_same(options, kept)
     state = checkpoint.read(start) if start else None
 
-    accelerator = accelerator_for(options, log_with=options.log_with, project_dir=folder)
+    accelerator = accelerator_for(options, project_dir=folder)
     train, val, classes = data.load(options)
     per_step = options.batch_size * options.grad_accum_steps
     batch = state["batch"] if state else per_step * accelerator.num_processes

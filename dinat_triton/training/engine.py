@@ -8,6 +8,7 @@ from typing import Any
 import timm.utils
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DataLoaderConfiguration
 from timm.data import Mixup
 from timm.loss import create_classification_loss
@@ -25,15 +26,20 @@ WHOLE = whole.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def accelerator_for(recipe: Recipe, **options: Any) -> Accelerator:
-    """The processes and the device that a recipe asks for."""
+    """The processes and the device that a recipe asks for, and its trackers."""
+    available = [str(each) for each in get_available_trackers()]
+    for name in recipe.log_with or []:
+        if name not in available:  # accelerate would pass over it
+            raise ValueError(f"--log-with {name} is not installed: there is {', '.join(available) or 'none'}")
     precision = {"bfloat16": "bf16", "float16": "fp16"}[recipe.amp_dtype] if recipe.amp else "no"
     # Loaders make the batches of all processes together: their number does not change which images meet in a step.
     loading = DataLoaderConfiguration(
         split_batches=True, use_seedable_sampler=True, data_seed=recipe.seed, non_blocking=True
     )
     accelerator = Accelerator(
-        cpu=recipe.device == "cpu", mixed_precision=precision, dataloader_config=loading, **options
-    )
+        cpu=recipe.device == "cpu", mixed_precision=precision, dataloader_config=loading, log_with=recipe.log_with,
+        **options,
+    )  # fmt: skip
     if recipe.device not in (None, accelerator.device.type):
         raise ValueError(f"--device {recipe.device} cannot be used: what is here is {accelerator.device.type}")
     return accelerator

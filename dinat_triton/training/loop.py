@@ -83,7 +83,7 @@ class Run:
                     start, before = time.monotonic(), self.engine.done
                     self._train(epoch)
                     seconds = time.monotonic() - start
-                    self._finish(epoch, (self.engine.done - before) * self.batch / seconds)
+                    self._finish(epoch, (self.engine.done - before) * self.batch / max(seconds, 1e-9))
         finally:
             signal.signal(signal.SIGTERM, handler)
 

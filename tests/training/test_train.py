@@ -129,7 +129,7 @@ def test_broken_images_are_left_out_and_counted(train, pictures: Path, tmp_path:
         ("--recipe {words}", "epochs must be int, got 'many'"),
         ("--resume {other}", "is no checkpoint of a run, or damaged"),
         ("--out {file}/run", "there is no folder"),
-        ("--log-with nonsense", "nonsense"),
+        ("--log-with nonsense", "--log-with nonsense is not installed"),
         ("{nothing}", "DATA must be a folder or .tar of images"),
         ("wds/images", "DATA cannot be a stream"),
         ("{empty}", "Found 0 images"),
