@@ -1,9 +1,7 @@
 """The backend switch: the argument, the context manager, the setter, the environment."""
 
 import asyncio
-import os
-import subprocess
-import sys
+import runpy
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
@@ -28,33 +26,18 @@ def call(**options) -> torch.Tensor:
     return dt.na2d(x, x, x, 3, **options)
 
 
-def test_the_cpu_takes_tiled(ran: list[str]) -> None:
-    call()
-    assert ran == ["tiled"]
-
-
-def test_the_argument_beats_the_switch(ran: list[str]) -> None:
+def test_the_argument_beats_the_switch_and_the_innermost_switch_wins(ran: list[str]) -> None:
+    module = dt.NeighborhoodAttention2D(8, 2, 3)
     with dt.use_backend("reference"):
         call()
         call(backend="tiled")
         with dt.use_backend(None):
             call()
-        call()
-    call()
-    assert ran == ["reference", "tiled", "tiled", "reference", "tiled"]
-
-
-def test_the_switch_is_a_statement_too(ran: list[str]) -> None:
-    dt.use_backend("reference")
-    call()
-    assert ran == ["reference"]
-
-
-def test_modules_follow_the_switch(ran: list[str]) -> None:
-    module = dt.NeighborhoodAttention2D(8, 2, 3)
-    with dt.use_backend("reference"):
         module(torch.randn(1, 4, 4, 8))
-    assert ran == ["reference"]
+    call()
+    dt.use_backend("reference")  # a statement too
+    call()
+    assert ran == ["reference", "tiled", "tiled", "reference", "tiled", "reference"]
 
 
 def test_a_compiled_function_notices_the_switch(ran: list[str]) -> None:
@@ -95,26 +78,19 @@ def test_threads_and_tasks_do_not_meet() -> None:
     assert dispatch.current_backend() == "triton"
 
 
-def test_unknown_names_are_refused() -> None:
+def test_a_name_that_is_wrong_is_refused_and_an_exception_inside_restores_the_switch() -> None:
     with pytest.raises(ValueError, match="backend must be one of 'triton', 'tiled', 'reference', got 'gpu'"):
         dt.use_backend("gpu")
-
-
-def test_an_exception_inside_restores_the_switch() -> None:
     with pytest.raises(KeyError), dt.use_backend("reference"):
         raise KeyError
     assert dispatch.current_backend() is None
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [("reference", "reference"), ("", "None"), ("fast", "DINAT_TRITON_BACKEND must be one of 'triton'")],
-)
-def test_the_environment_chooses(value: str, expected: str) -> None:
-    code = (
-        "import torch, dinat_triton as dt; from dinat_triton.dispatch import current_backend as c\n"
-        "x = torch.ones(1, 3, 1, 1); dt.na1d(x, x, x, 3); print(c())"
-    )
-    environment = os.environ | {"DINAT_TRITON_BACKEND": value}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert expected in result.stdout + result.stderr
+def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(value: str) -> str | None:
+        monkeypatch.setenv("DINAT_TRITON_BACKEND", value)
+        return runpy.run_path(dispatch.__file__)["current_backend"]()  # as in a new process
+
+    assert (chosen("reference"), chosen("")) == ("reference", None)
+    with pytest.raises(ValueError, match="DINAT_TRITON_BACKEND must be one of 'triton'"):
+        chosen("fast")

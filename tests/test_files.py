@@ -1,10 +1,11 @@
 """Files that commands write: whole or untouched, and never what was not to be touched."""
 
+import multiprocessing
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.font_manager  # noqa: F401 - whose own cache file must not meet the full disk
 import pytest
 import timm
 import torch
@@ -89,13 +90,11 @@ def test_convert_never_replaces_its_source_or_anything_unasked(checkpoint: Path,
     assert "there is no folder" in capsys.readouterr().err
 
 
-FULL_DISK = """
-import resource, sys
-from dinat_triton.cli import main
-import matplotlib.font_manager  # whose own cache file must not count
-resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-sys.exit(main(sys.argv[1:]))
-"""
+def on_a_full_disk(words: list[str]) -> None:
+    import resource  # not on every system
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    sys.exit(main(words))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
@@ -107,13 +106,17 @@ sys.exit(main(sys.argv[1:]))
         ("plot neighborhood --shape 100 100 -o {target} --force", "a.svg"),
     ],
 )
-def test_a_full_disk_leaves_the_old_file_and_a_line(command: str, name: str, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_old_file_and_a_line(
+    command: str, name: str, checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     target = tmp_path / name
     target.write_text("old")
     words = command.format(source=checkpoint, target=target).split()
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, *words], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.count("\n") == 1
-    assert f"{target} cannot be written" in done.stderr
+    process = multiprocessing.get_context("fork").Process(target=on_a_full_disk, args=(words,))
+    process.start()
+    process.join(120)
+    out, error = capfd.readouterr()
+    assert (process.exitcode, out, error.count("\n")) == (2, "", 1)
+    assert f"{target} cannot be written" in error
     assert target.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == [name]
