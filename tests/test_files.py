@@ -93,6 +93,7 @@ def test_convert_never_replaces_its_source_or_anything_unasked(checkpoint: Path,
 def on_a_full_disk(words: list[str]) -> None:
     import resource  # not on every system
 
+    torch.set_num_threads(1)  # a fork has none of its parent's threads
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
     sys.exit(main(words))
 

@@ -4,7 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
-import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,18 +27,17 @@ def _disabled():
 
 
 def test_enabling_is_idempotent_and_reversible() -> None:
-    forward, check = DINAT.NeighborhoodAttention.forward, DINAT.requires_backends
+    own = (DINAT.NeighborhoodAttention.forward, DINAT.requires_backends)
     disable()  # nothing to do
     enable()
-    ours = DINAT.NeighborhoodAttention.forward
     with enable(), enable():
-        assert DINAT.NeighborhoodAttention.forward is ours is not forward
+        assert (DINAT.NeighborhoodAttention.forward, DINAT.requires_backends) != own
     assert is_enabled()
     assert "nat" in transformers.CONFIG_MAPPING
     assert sys.modules["transformers"].NatModel is nat.NatModel
     disable()
     assert not is_enabled()
-    assert (DINAT.NeighborhoodAttention.forward, DINAT.requires_backends) == (forward, check)
+    assert (DINAT.NeighborhoodAttention.forward, DINAT.requires_backends) == own
     assert "nat" not in transformers.CONFIG_MAPPING
     assert not hasattr(sys.modules["transformers"], "NatModel")
     with enable():
@@ -115,7 +114,11 @@ def find_spec(name, path=None, target=None):
     return None if name.split(".")[0] == {name!r} else found(name, path, target)
 importlib.machinery.PathFinder.find_spec = staticmethod(find_spec)
 """
-RUN = """
+ENABLE = """
+import sys
+from dinat_triton.integrations.transformers import enable, is_enabled
+assert not is_enabled()
+enable()
 import torch
 from transformers import AutoModel, DinatConfig, DinatModel, NatConfig, NatForImageClassification, NatModel
 config = DinatConfig(embed_dim=8, depths=[1, 1], num_heads=[1, 2], kernel_size=3, dilations=[[2], [1]])
@@ -124,45 +127,38 @@ assert type(AutoModel.from_config(config)) is DinatModel
 """
 
 
-def run(code: str, path=None) -> None:
+def run(code: str, path: Path) -> None:
     """Runs code in a process of its own: what is imported first matters here."""
-    prefix = f"import sys; sys.path.insert(0, {str(path)!r})\n" if path else ""
-    done = subprocess.run(
-        [sys.executable, "-c", prefix + textwrap.dedent(code)], capture_output=True, text=True, timeout=120, check=False
-    )
+    prefix = f"import sys; sys.path.insert(0, {str(path)!r})\n"
+    done = subprocess.run([sys.executable, "-c", prefix + code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
-def test_without_natten_and_after_a_failure() -> None:
-    run(
-        HIDE.format(name="natten")
-        + """
-from transformers import DinatConfig, DinatModel
+def failing(code: str, message: str) -> str:
+    """Code that must fail, and goes on."""
+    return f"""
 try:
-    DinatModel(DinatConfig())
+    {code}
 except ImportError as error:
-    assert "requires the natten library" in str(error)
+    assert {message!r} in str(error)
 else:
-    raise AssertionError("transformers' own DiNAT runs: nothing is left to repair")
-from dinat_triton.integrations.transformers import enable
-enable()
+    raise AssertionError("transformers' own DiNAT works: nothing is left to repair")
 """
-        + RUN
-        + "import sys; assert 'natten' not in sys.modules"
+
+
+def test_without_natten_and_after_a_failure(tmp_path: Path) -> None:
+    attempt = failing(
+        "from transformers import DinatConfig, DinatModel; DinatModel(DinatConfig())", "requires the natten"
     )
+    run(HIDE.format(name="natten") + attempt + ENABLE + "assert 'natten' not in sys.modules", tmp_path)
 
 
-@pytest.fixture
-def incompatible_natten(tmp_path):
-    """A folder with one that lacks the functions that transformers imports, as all since 0.17.5."""
+def test_with_an_incompatible_natten_and_a_pickle_that_brings_its_repair(tmp_path: Path) -> None:
+    """It lacks the functions that transformers imports, as all since 0.17.5."""
     (tmp_path / "natten").mkdir()
     (tmp_path / "natten" / "__init__.py").write_text("__version__ = '0.21.7'")
     (tmp_path / "natten" / "functional.py").touch()
-    return tmp_path
-
-
-def test_a_pickle_brings_its_repair_into_another_process(incompatible_natten) -> None:
-    file, image = incompatible_natten / "model.pt", torch.randn(1, 3, 32, 32)
+    file, image = tmp_path / "model.pt", torch.randn(1, 3, 32, 32)
     with enable():
         model = DINAT.DinatForImageClassification(small()).eval()
         torch.save((model, image, model(image).logits), file)
@@ -170,38 +166,12 @@ def test_a_pickle_brings_its_repair_into_another_process(incompatible_natten) ->
 import torch
 model, image, expected = torch.load({str(file)!r}, weights_only=False)
 torch.testing.assert_close(model(image).logits, expected)
-from dinat_triton.integrations.transformers import is_enabled
-assert not is_enabled()
 """
-    run(load, incompatible_natten)
+    attempt = failing("from transformers import DinatModel", "cannot import name 'natten2dav'")
+    run(attempt + load + ENABLE, tmp_path)
 
 
-@pytest.mark.parametrize("fails_first", [False, True])
-def test_with_an_incompatible_natten(incompatible_natten, fails_first: bool) -> None:
-    attempt = """
-try:
-    from transformers import DinatModel
-except ImportError as error:
-    assert "cannot import name 'natten2dav'" in str(error)
-else:
-    raise AssertionError("transformers' own DiNAT is imported: nothing is left to repair")
-"""
-    enabling = "from dinat_triton.integrations.transformers import enable\nenable()\n"
-    run((attempt if fails_first else "") + enabling + RUN, incompatible_natten)
-
-
-def test_without_transformers() -> None:
-    run(
-        HIDE.format(name="transformers")
-        + """
-import dinat_triton, sys
-import dinat_triton.integrations.transformers as integration
-import dinat_triton.integrations.natten, dinat_triton.integrations.natten_0_14
-try:
-    integration.enable()
-except ImportError as error:
-    assert "pip install 'dinat-triton[transformers]'" in str(error)
-else:
-    raise AssertionError("enabled what is not there")
-"""
-    )
+def test_without_transformers(tmp_path: Path) -> None:
+    imports = "import dinat_triton.integrations.natten, dinat_triton.integrations.transformers as integration"
+    advice = "pip install 'dinat-triton[transformers]'"
+    run(HIDE.format(name="transformers") + imports + failing("integration.enable()", advice), tmp_path)
