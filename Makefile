@@ -9,7 +9,7 @@ QUIET := OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0
 # This machine's folder in bench/results/.
 RESULTS = $(shell $(BIN)/python -c 'import torch; from dinat_triton.bench import harness; print(harness.results_folder(torch.device("cpu")))')
 
-.PHONY: help demo test test-slow test-timm test-gpu mutants lint bench figures notebooks wheel clean
+.PHONY: help demo test test-slow test-timm test-gpu mutants lint bench figures notebooks wheel hub clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -79,6 +79,9 @@ notebooks: $(VENV)/made ## run the notebooks and store their outputs
 
 wheel: $(VENV)/made ## the wheel, in dist/
 	@$(BIN)/uv build --wheel --quiet && ls dist/*.whl
+
+hub: $(VENV)/made ## the attention as a folder for kernels.get_kernel, in build/hub/
+	@$(BIN)/python -m dinat_triton.integrations.hub build/hub
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info

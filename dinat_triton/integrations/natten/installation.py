@@ -19,7 +19,7 @@ from types import ModuleType
 from dinat_triton.integrations.replacements import Enabled
 
 PACKAGE = """\
-from dinat_triton.integrations.natten.installation import populate
+from {module} import populate
 
 populate({version!r}, {with_scores!r})
 """
@@ -52,7 +52,7 @@ def install(version: str | None = None, *, scores: bool = True) -> Enabled:
     if (found := sys.modules.get("natten")) is not None:
         raise RuntimeError(f"another natten was imported from {found.__file__}: call install() before anything else")
     _folder = Path(tempfile.mkdtemp(prefix="dinat-triton-natten-"))
-    _write(_folder / "natten" / "__init__.py", PACKAGE.format(version=version, with_scores=scores))
+    _write(_folder / "natten" / "__init__.py", PACKAGE.format(module=__name__, version=version, with_scores=scores))
     _write(_folder / f"natten-{version or NEWEST}.dist-info" / "METADATA", METADATA.format(version=version or NEWEST))
     sys.path.insert(1, str(_folder))  # the first is the script's own
     os.environ["PYTHONPATH"] = os.pathsep.join([str(_folder), *filter(None, [os.environ.get("PYTHONPATH")])])
