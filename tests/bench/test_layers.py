@@ -60,12 +60,8 @@ def test_peers_have_our_gradients(name: str) -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_swin_attends_within_its_windows_and_has_our_bias() -> None:
-    inputs = Inputs.of(WHOLE, requires_grad=True)
-    attention = PEERS["swin"].prepare(WHOLE, inputs)
-    (grad,) = torch.autograd.grad(attention.call().flatten(1, 2)[0, 0].sum(), attention.leaves[0])
-    assert (grad.abs().sum((1, 2)) > 0).tolist() == [True] + [False] * 7
-    # On a map of one window, dilation 1, both are the same function.
+def test_swin_has_our_bias() -> None:
+    """On a map of one window, dilation 1, both are the same function."""
     one = Layer("tiny@x/7x7-d1", (7, 7), 2, (1, 1), dim=8, batch=3)
     inputs = Inputs.of(one)
     found, expected = PEERS["swin"].prepare(one, inputs), layers.prepare_ours(one, inputs, "tiled")
@@ -95,12 +91,6 @@ def test_after_the_deadline_nothing_is_begun() -> None:
     found = measured(WHOLE, FORWARD, PEERS["gather"], deadline=time.monotonic() - 1)
     assert {record.reason for record in found.values()} == {TIME_IS_UP}
     assert not any(record.failed for record in found.values())
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_graphs_are_refused_without_a_gpu() -> None:
-    graph = replace(planted(lambda inputs: inputs.value), graph=True, same_function=False)
-    assert measured(WHOLE, FORWARD, graph)["planted"].reason == "RuntimeError: CUDA graphs need a GPU"
 
 
 # What is reported

@@ -1,5 +1,6 @@
 """Microseconds of Python per call: every level is measured, and nothing is launched."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -29,15 +30,10 @@ def test_nothing_is_launched_and_nothing_stays_changed() -> None:
 
 
 def test_every_level_of_code_is_measured(tmp_path: Path) -> None:
-    results = run(tmp_path / "o.json", "--layers", "224:14x14*", "--seconds", "0.02")
-    least = {(r.problem["name"], r.pass_, r.implementation): r.timing.p20 for r in results.records if r.timing}
-    for name in ("dinat_mini@224/14x14-d1", "dinat_mini@224/14x14-d2"):
-        for pass_, levels in ((FORWARD, {NA2D, MODULE, OP, HOST}), (RECORDED, {NA2D, MODULE, OP, HOST}),
-                              (BACKWARD, {NA2D, MODULE, HOST})):  # fmt: skip
-            found = {level for layer, of, level in least if (layer, of) == (name, pass_)}
-            assert found - {LAUNCHED} == levels
-            # What is outside holds what is inside, whatever the machine does meanwhile.
-            assert all(least[name, pass_, level] >= 0.8 * least[name, pass_, HOST] for level in levels)
+    results = run(tmp_path / "o.json", "--layers", "224:14x14-d2", "--seconds", "0.02")
+    found = {(r.pass_, r.implementation) for r in results.records if r.timing and r.implementation != LAUNCHED}
+    levels = {NA2D, MODULE, OP, HOST}
+    assert found == {*product((FORWARD, RECORDED), levels), *product([BACKWARD], levels - {OP})}
 
 
 def test_new_sizes_cost_more_than_known_ones(tmp_path: Path) -> None:

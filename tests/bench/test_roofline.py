@@ -1,8 +1,5 @@
 """What binds: ceilings, bounds, times out of files, and the figures drawn of both."""
 
-import os
-import subprocess
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,13 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-from matplotlib.figure import Figure
 from triton.compiler import ASTSource
 
 from dinat_triton import cli
 from dinat_triton.bench import ceilings, exps, figures, harness, roofline
 from dinat_triton.bench.harness import Cell, Results, Timing
-from dinat_triton.bench.roofline import Point
 from dinat_triton.layers import layers_of
 from dinat_triton.offline import assembly
 from dinat_triton.offline.targets import TARGETS
@@ -26,14 +21,6 @@ CPU = torch.device("cpu")
 RESULTS = harness.FOLDER / "results" / "intel-xeon-processor"
 ROUND = Ceilings("measured", "a round machine", 1e10, {"float32": 1e11, "bfloat16": 1e12}, 1e9)
 compiled = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernels are interpreted")
-INTERPRETED = """
-import torch
-from dinat_triton.bench import exps
-x = torch.linspace(-1, 1, 2 * exps.BLOCK)
-out = torch.full_like(x, torch.nan)
-assert exps.launch(x, out, rounds=5) == 5 * len(x)
-print((out - sum(2 ** (x.double() - n) for n in range(5))).abs().max().item())
-"""
 
 
 def results_of(**ms: float) -> Results:
@@ -62,13 +49,6 @@ def test_rates_are_work_over_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ceilings.exp_rate(CPU) == torch.get_num_threads() * ceilings.EXPS_PER_THREAD / 0.5
 
 
-def test_the_kernel_for_exponentials_computes_what_it_counts() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 1e-5
-
-
 @compiled
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
 def test_exponentials_bind_that_kernel(arch: str) -> None:
@@ -92,50 +72,31 @@ def test_the_largest_limit_binds() -> None:
     assert replace(point, work=work, dtype="bfloat16").bound(ROUND) == ("exps", pytest.approx(0.2))
 
 
-def test_stored_times_find_their_layers() -> None:
-    results = Results.load(RESULTS / "roofline.json")
-    points = roofline.points_in(results)
-    stored = {(r.problem["name"], r.implementation): r.timing for r in results.records}
-    assert len(points) == 7
-    for point in points:
-        assert point.ours == "tiled"
-        assert point.timings == {n: stored[point.layer.name, n] for n in point.timings}
-    assert roofline.implementations(points)[0] == "tiled"
-
-
 # Figures
-
-
-def drawn(figure: Figure) -> tuple[set[tuple[float, float]], dict[str, list[tuple[float, float]]]]:
-    """The first two panels: the marks under the roof, and everyone's times by row."""
-    roof, times = figure.axes[:2]
-    marks = {tuple(line.get_xydata()[0]) for line in roof.lines if line.get_marker() == "o"}
-    return marks, {str(line.get_label()): [tuple(xy) for xy in line.get_xydata()] for line in times.lines}
 
 
 def test_a_figure_shows_the_numbers_of_its_file() -> None:
     results = Results.load(RESULTS / "roofline.json")
     points = roofline.points_in(results)
     assert results.ceilings
-    figure = figures.draw(results)
-    marks, times = drawn(figure)
-    for name, at in times.items():
-        assert at == [(point.seconds(name), row) for row, point in enumerate(points) if name in point.timings]
+    roof, times = figures.draw(results).axes[:2]
+    marks = {tuple(line.get_xydata()[0]) for line in roof.lines if line.get_marker() == "o"}
     work, ours = points[0].work, points[0].seconds("tiled")
     assert (work.useful_flops / work.useful_bytes, work.useful_flops / ours) in marks
     assert (work.flops / work.bytes, work.flops / ours) in marks
-    bars = figure.axes[1].patches
+    for line in times.lines:
+        name = str(line.get_label())
+        timed = [(point.seconds(name), row) for row, point in enumerate(points) if name in point.timings]
+        assert [tuple(xy) for xy in line.get_xydata()] == timed
     for number, limit in enumerate(LIMITS):
-        ends = [bar.get_x() + bar.get_width() for bar in bars[number * 7 : (number + 1) * 7]]
+        ends = [bar.get_x() + bar.get_width() for bar in times.patches[number * 7 : (number + 1) * 7]]
         assert ends == pytest.approx([point.work.limits(results.ceilings, "float32")[limit] for point in points])
 
 
 def test_without_times_every_layer_lies_on_its_roof() -> None:
-    results = results_of()
-    for point in roofline.points_in(results):
+    for point in roofline.points_in(results_of()):
         _, (intensity, rate) = figures.marks(point, ROUND)
         assert rate == pytest.approx(min(intensity * 1e10, 1e11, 1e9 * point.work.flops / point.work.exps))
-    assert not drawn(figures.draw(replace(results, bench="roofline")))[1]
 
 
 def test_a_profile_is_a_bar_as_long_as_its_step() -> None:
@@ -167,7 +128,7 @@ def test_results_are_set_against_their_own_ceilings(tmp_path: Path, capsys: pyte
     text = capsys.readouterr().out
     assert "Ceilings of a round machine, measured: copies 10 GB/s" in text
     row = next(line for line in text.splitlines() if "56x56-d8" in line).split()
-    point: Point = roofline.points_in(Results.load(path))[1]
+    point = roofline.points_in(Results.load(path))[1]
     assert row[-3:] == ["10000.0", f"{point.bound(ROUND)[1] / 0.01:.0%}", "2.5"]
     results_of(tiled=1e-3).save(path)
     cli.main(["roofline", "--results", str(path)])

@@ -52,15 +52,11 @@ def test_planted_slow_and_wrong_tiles_lose_and_the_fast_one_is_stored() -> None:
     ]  # fmt: skip
 
 
-def test_the_models_own_choice_needs_no_entry_and_an_old_one_goes() -> None:
+def test_the_models_own_choice_needs_no_entry_an_old_one_goes_and_the_budget_ends_it() -> None:
     tiled.user_tiles().update({KEY: list(RANKED[3])})
     tiled.forget_tiles()
     found = tune({RANKED[0]: 0.5, RANKED[3]: 0.9})
-    assert found.entries == {KEY: None}
-    assert found.rows[0].before == 0.9
-
-
-def test_the_budget_ends_it() -> None:
+    assert (found.entries, found.rows[0].before) == ({KEY: None}, 0.9)
     found = tune({}, budget=1e-9)
     assert (found.entries, found.rows, found.unreached) == ({}, [], [LAYER])
 
@@ -96,18 +92,13 @@ def planted_samples(constants: dict[str, float]) -> list[Sample]:
 @pytest.mark.parametrize("per_class", [40_000.0, -500.0])
 def test_planted_constants_are_found_and_none_is_negative(per_class: float) -> None:
     planted = dict(zip(CONSTANTS, (2.0, 5.0, 0.0, per_class), strict=True))
-    found = fit(planted_samples(planted))
+    samples = planted_samples(planted)
+    found = fit(samples)
     assert min(found.values()) >= 0
     if per_class > 0:
         assert found == pytest.approx(planted, rel=1e-6, abs=1e-6)
-
-
-def test_what_the_models_choices_lose() -> None:
-    samples = planted_samples({name: getattr(tiled, name) for name in CONSTANTS})
-    assert losses(samples) == pytest.approx([1.0] * 7)
-    first, second, *others = samples
-    halved = [first, Sample(second.layer, second.tile, second.units, first.ns / 2), *others]
-    assert max(losses(halved)) == pytest.approx(2.0)
+        best = min(sample.ns for sample in samples if sample.layer == samples[0].layer)
+        assert losses(samples)[0] == pytest.approx(samples[0].ns / best)
 
 
 # The command
@@ -183,16 +174,13 @@ def test_without_a_gpu_tiles_are_measured_and_kernels_modelled_in_half_the_budge
 @pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernels are interpreted")
 def test_a_search_with_real_compilers(cache: Path) -> None:
     assert run("--arch", "sm_90", "--layers", "dinat_mini@224", "--budget", "60") == 0
-    data = json.loads((cache / "configs-sm_90.json").read_text())
-    assert "forward/32/16" in data["configs"]
-    assert all(Config(**entry) for entry in data["configs"].values())
+    assert "forward/32/16" in json.loads((cache / "configs-sm_90.json").read_text())["configs"]
 
 
 def test_an_unwritable_cache_is_said_before_anything_is_tuned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv(store.ENVIRONMENT, str(tmp_path / "file" / "cache"))
+    cache.write_text("a file in its place")
     for arguments in (["--device", "cpu"], ["--arch", "sm_90"]):
         assert run(*arguments) == 2
         captured = capsys.readouterr()
