@@ -37,8 +37,8 @@ def attend(
     return_lse: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """The op `na`: one node in a compiled graph; in eager mode called without torch's dispatcher in between."""
-    na = torch.ops.dinat_triton.na if torch.compiler.is_compiling() else ops.na
+    """The op `na`: one node in a compiled or traced graph; in eager mode called without torch's dispatcher between."""
+    na = torch.ops.dinat_triton.na if torch.compiler.is_compiling() or torch._C._is_tracing() else ops.na
     return na(qkv, window, rpb, scale, dropout_p, return_lse, current_backend() if backend is None else backend)
 
 

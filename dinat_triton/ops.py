@@ -17,6 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map
 
 from dinat_triton import dropout, reference, tiled
 from dinat_triton.checks import check_dropout, check_rpb, check_scale, check_tensors
@@ -133,6 +134,15 @@ def _module(backend: str) -> ModuleType:
     return attention
 
 
+def _save(ctx, inputs, outputs):
+    """Keeps for the backward what it reads."""
+    rpb, seed, window, scale, dropout_p, need_lse, backend, *qkv = inputs
+    # Only Triton's backward reads the outputs; others leave them to whoever wants to change them in place.
+    ctx.save_for_backward(*qkv, rpb, seed, *(outputs if backend == "triton" else (None, None)))
+    ctx.need_lse, ctx.options = need_lse, (window, scale, dropout_p, backend)
+    ctx.set_materialize_grads(False)  # no zeros for a log-sum-exp that nobody uses
+
+
 class Fused(torch.autograd.Function):
     """`fused` with its gradient.
 
@@ -141,12 +151,10 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rpb, seed, window, scale, dropout_p, need_lse, backend, *qkv):
-        out, lse = _below_autograd(FUSED, list(qkv), rpb, seed, window, scale, dropout_p, need_lse, backend)
-        # Only Triton's backward reads the outputs; others leave them to whoever wants to change them in place.
-        ctx.save_for_backward(*qkv, rpb, seed, *((out, lse) if backend == "triton" else (None, None)))
-        ctx.need_lse, ctx.options = need_lse, (window, scale, dropout_p, backend)
-        ctx.set_materialize_grads(False)  # no zeros for a log-sum-exp that nobody uses
-        return out, lse
+        inputs = (rpb, seed, window, scale, dropout_p, need_lse, backend, *qkv)
+        outputs = _below_autograd(FUSED, list(qkv), *inputs[:7])
+        _save(ctx, inputs, outputs)
+        return outputs
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
@@ -157,7 +165,7 @@ class Fused(torch.autograd.Function):
         grad_lse = grad_lse if ctx.need_lse else None
         arguments = (qkv, rpb, seed, out, lse, grad_out, grad_lse, *ctx.options)
         # Where these gradients are recorded in turn, autograd has to learn that they have none.
-        call = FUSED_BACKWARD if torch.is_grad_enabled() else partial(_below_autograd, FUSED_BACKWARD)
+        call = _fused_backward_autograd if torch.is_grad_enabled() else partial(_below_autograd, FUSED_BACKWARD)
         grads, grad_rpb = call(*arguments)
         return None if rpb is None else grad_rpb, None, None, None, None, None, None, *grads
 
@@ -166,7 +174,20 @@ class Fused(torch.autograd.Function):
         raise RuntimeError(f"backend {ctx.options[-1]!r} has no forward-mode derivatives; backend='reference' has")
 
 
+class FusedInTransforms(torch.autograd.Function):
+    """The same inside the transforms of torch.func, which ask for a context apart."""
+
+    generate_vmap_rule = True
+    setup_context, backward, jvp = staticmethod(_save), Fused.backward, Fused.jvp
+
+    @staticmethod
+    def forward(rpb, seed, window, scale, dropout_p, need_lse, backend, *qkv):
+        return _below_autograd(FUSED, list(qkv), rpb, seed, window, scale, dropout_p, need_lse, backend)
+
+
 def _fused_autograd(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend):
+    if torch._C._are_functorch_transforms_active():
+        return FusedInTransforms.apply(rpb, seed, window, scale, dropout_p, need_lse, backend, *qkv)
     recorded = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in (*qkv, rpb)])
     if recorded or forward_ad._current_level >= 0:
         return Fused.apply(rpb, seed, window, scale, dropout_p, need_lse, backend, *qkv)
@@ -179,20 +200,46 @@ def _below_autograd(op, *args):
         return op(*args)
 
 
-def _save_backend(ctx, inputs, output):
-    ctx.backend = inputs[-1]
+def _vmap(op, info, in_dims, *args):
+    """An op of each part of a batch, one after the other."""
+    parts = [
+        op(*tree_map(lambda x, dim, i=i: x if dim is None else x.select(dim, i), args, in_dims))
+        for i in range(info.batch_size)
+    ]
+    outputs = tree_map(lambda *x: torch.stack(x), *parts)
+    return outputs, tree_map(lambda _: 0, outputs)
 
 
-def _refuse_second_order(ctx, *grads):
-    raise RuntimeError(f"backend {ctx.backend!r} has no second derivatives; backend='reference' has")
+class FusedBackward(torch.autograd.Function):
+    """`fused_backward`, whose results have no gradient, and say so."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(qkv_count, *args):
+        grads, grad_rpb = _below_autograd(FUSED_BACKWARD, list(args[:qkv_count]), *args[qkv_count:])
+        return *grads, grad_rpb
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.backend = inputs[-1]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(f"backend {ctx.backend!r} has no second derivatives; backend='reference' has")
+
+
+def _fused_backward_autograd(qkv, *args):
+    *grads, grad_rpb = FusedBackward.apply(len(qkv), *qkv, *args)
+    return grads, grad_rpb
 
 
 LIBRARY.impl("na", na, "CompositeImplicitAutograd")
 LIBRARY.impl("fused", _fused, "CompositeExplicitAutograd")
 LIBRARY.impl("fused", _fused_autograd, "Autograd")
 LIBRARY.impl("fused_backward", _fused_backward, "CompositeExplicitAutograd")
+LIBRARY.impl("fused_backward", _fused_backward_autograd, "Autograd")
 torch.library.register_fake("dinat_triton::fused", _fused_fake, lib=LIBRARY)
 torch.library.register_fake("dinat_triton::fused_backward", _fused_backward_fake, lib=LIBRARY)
-torch.library.register_autograd(
-    "dinat_triton::fused_backward", _refuse_second_order, setup_context=_save_backend, lib=LIBRARY
-)
+for _op in (FUSED, FUSED_BACKWARD):
+    torch.library.register_vmap(_op, partial(_vmap, _op), lib=LIBRARY)

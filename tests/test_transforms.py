@@ -1,0 +1,83 @@
+"""torch.func on the fused backends, and torch.jit.trace."""
+
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
+
+import dinat_triton as dt
+
+Attend = Callable[..., Tensor]
+
+
+def both(attend: Attend, q: Tensor, rpb: Tensor) -> tuple[Tensor, ...]:
+    return grad(lambda q, rpb: attend(q, rpb).sin().sum(), argnums=(0, 1))(q, rpb)
+
+
+def of_each_sample(attend: Attend, q: Tensor, rpb: Tensor) -> Tensor:
+    return vmap(grad(lambda rpb, q: attend(q[None], rpb).sin().sum()), (None, 0))(rpb, q)
+
+
+def of_a_batch(attend: Attend, q: Tensor, rpb: Tensor) -> Tensor:
+    return grad(lambda rpb: vmap(attend, (1, None))(q[:, None], rpb).sin().sum())(rpb)
+
+
+def in_autograd(attend: Attend, q: Tensor, rpb: Tensor) -> Tensor:
+    q, rpb = torch.stack([q, 2 * q]).requires_grad_(), torch.stack([rpb, 2 * rpb], -1).requires_grad_()
+    return torch.autograd.grad(vmap(attend, (0, -1))(q, rpb).sin().sum(), (q, rpb))
+
+
+def jacobian(attend: Attend, q: Tensor, rpb: Tensor) -> Tensor:
+    return jacrev(lambda rpb: attend(q, rpb)[0, 0, 1])(rpb)
+
+
+@pytest.mark.parametrize("derivative", [both, of_each_sample, of_a_batch, in_autograd, jacobian])
+@pytest.mark.parametrize("output", [0, 1])  # the attention, or its log-sum-exp
+def test_transforms_agree_with_the_reference(derivative: Callable, output: int) -> None:
+    q, rpb = torch.randn(2, 6, 6, 2, 4), torch.randn(2, 5, 5)
+
+    def found(backend: str) -> Tensor:
+        return derivative(lambda q, rpb: dt.na2d(q, q, q, 3, rpb=rpb, return_lse=True, backend=backend)[output], q, rpb)
+
+    torch.testing.assert_close(found("tiled"), found("reference"))
+
+
+@pytest.mark.parametrize(
+    ("second", "reason"),
+    [
+        (lambda f, x: grad(lambda x: grad(f)(x).sum())(x), "second derivatives"),
+        (lambda f, x: hessian(f)(x), "forward-mode derivatives"),
+        (lambda f, x: jvp(f, (x,), (x,)), "forward-mode derivatives"),
+    ],
+)
+def test_what_only_the_reference_can_do_is_said(second: Callable, reason: str) -> None:
+    with pytest.raises(RuntimeError, match=f"backend 'tiled' has no {reason}; backend='reference' has"):
+        second(lambda x: dt.na2d(x, x, x, 3, backend="tiled").sin().sum(), torch.randn(1, 4, 4, 1, 2))
+
+
+def test_an_ensemble_of_layers_is_one_vmap() -> None:
+    layers = [dt.NeighborhoodAttention2D(16, 2, 3, rel_pos_bias=True) for _ in range(3)]
+    x = torch.randn(2, 5, 6, 16)
+    parameters, _ = torch.func.stack_module_state(layers)
+    out = vmap(lambda p: functional_call(layers[0], p, (x,)))(parameters)
+    torch.testing.assert_close(out, torch.stack([layer(x) for layer in layers]))
+
+
+@pytest.mark.parametrize("recording", [False, True])
+def test_traces_serve_other_maps_and_train(recording: bool) -> None:
+    layer = dt.NeighborhoodAttention2D(16, 2, 3, dilation=2, rel_pos_bias=True)
+    model = timm.create_model("dinat_mini", depths=(1, 1, 1, 1), embed_dim=32, dilations=1).eval()
+    cases: list[tuple[nn.Module, Tensor, Tensor]] = [
+        (layer, torch.randn(1, 8, 8, 16), torch.randn(2, 12, 9, 16)),
+        (model, torch.randn(1, 3, 64, 64), torch.randn(2, 3, 64, 64)),
+    ]
+    for module, x, other in cases:
+        with torch.set_grad_enabled(recording):
+            traced = torch.jit.trace(module, x)
+        torch.testing.assert_close(traced(other), module(other))
+    cases[0][0].zero_grad()
+    torch.jit.trace(layer, cases[0][1])(cases[0][2]).sum().backward()
+    assert layer.rpb.grad.any()
