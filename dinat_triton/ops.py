@@ -134,11 +134,11 @@ def _module(backend: str) -> ModuleType:
     return attention
 
 
-def _save(ctx, inputs, outputs):
+def _save(ctx, inputs, output):
     """Keeps for the backward what it reads."""
     rpb, seed, window, scale, dropout_p, need_lse, backend, *qkv = inputs
     # Only Triton's backward reads the outputs; others leave them to whoever wants to change them in place.
-    ctx.save_for_backward(*qkv, rpb, seed, *(outputs if backend == "triton" else (None, None)))
+    ctx.save_for_backward(*qkv, rpb, seed, *(output if backend == "triton" else (None, None)))
     ctx.need_lse, ctx.options = need_lse, (window, scale, dropout_p, backend)
     ctx.set_materialize_grads(False)  # no zeros for a log-sum-exp that nobody uses
 
