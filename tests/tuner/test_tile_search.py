@@ -62,19 +62,25 @@ def test_the_models_own_choice_needs_no_entry_an_old_one_goes_and_the_budget_end
 
 
 def test_a_wrong_backend_is_noticed() -> None:
-    """The real backend, made wrong for one tile: its backward forgets one gradient."""
+    """The real backend, made wrong for two tiles: a gradient is forgotten, and a token is not written."""
+
+    def forward(*arguments, tile: Tile):
+        out, lse = tiled.forward(*arguments, tile=tile)
+        partial = torch.empty_like(out)
+        partial[:, 1:] = out[:, 1:]
+        return partial if tile == RANKED[2] else out, lse
 
     def backward(*arguments, tile: Tile):
         found = tiled.backward(*arguments, tile=tile)
-        if tile == RANKED[1]:
-            arguments[-1][0][0, 5, 5] = 0
+        arguments[-1][0][0, 5, 5] *= tile != RANKED[1]
         return found
 
-    backend = SimpleNamespace(forward=tiled.forward, backward=backward)
+    backend = SimpleNamespace(forward=forward, backward=backward)
     run = LayerRun(LAYER, torch.float32, torch.device("cpu"), backend, lambda tile: {"tile": tile})
-    right, wrong = (run.score(tile, backward=True) for tile in RANKED[:2])
+    right, wrong, missing = (run.score(tile, backward=True) for tile in RANKED[:3])
     assert isinstance(right, float)
     assert "wrong dq" in wrong.reason
+    assert "out (error nan)" in missing.reason
 
 
 # The model
