@@ -64,13 +64,6 @@ def test_the_bias_goes_from_memory_straight_into_the_accumulator(arch: str) -> N
     assert inspect(forward, TARGETS[arch]).shared <= 1.1 * loaded * 32 * 2
 
 
-def test_float32_on_rdna_is_shared_out_among_warps() -> None:
-    """Its matrix units do not take float32, so the 16 rows of a tile are no limit."""
-    forward = forward_of(replace(SLIDING, batch=16), "gfx1100", torch.float32)
-    assert (forward.constants["ROWS"], forward.options["num_warps"]) == (16, 4)
-    assert not inspect(forward, TARGETS["gfx1100"]).complaints
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [arch for arch in TARGETS if not arch.startswith("gfx")])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -1,7 +1,5 @@
 """Bytes, products and exponentials of layers, against counts by hand and by brute force."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 import triton
@@ -73,9 +71,3 @@ def test_each_limit_alone() -> None:
     assert work.limits(CEILINGS, "float32") == pytest.approx(dict(zip(LIMITS, (0.1, 0.5, 0.2), strict=True)))
     assert work.limits(CEILINGS, "float16")["products"] == pytest.approx(0.05)
     assert work.useful_limits(CEILINGS, "float32") == pytest.approx(dict(zip(LIMITS, (0.2, 0.1, 0.1), strict=True)))
-
-
-def test_layers_scale_with_their_batch() -> None:
-    one, four = (tiled_work(replace(RAGGED, batch=n), BACKWARD) for n in (1, 4))
-    assert four.useful_flops == 4 * one.useful_flops
-    assert four.useful_bytes == 4 * one.useful_bytes

@@ -62,13 +62,6 @@ def test_calls_take_turns_until_each_had_its_time() -> None:
     assert sum(timing.calls for timing in timings.values()) <= len(order) - turns // 2
 
 
-def test_on_a_gpu_every_sample_of_tritons_timer_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    timer = pytest.importorskip("triton.testing")
-    monkeypatch.setattr(timer, "do_bench", lambda call, **options: [call(), 3.0, 2.0])
-    found = harness.measure_on(torch.device("cuda"), {"a": lambda: 1.0, "b": lambda: 10.0}, budget=0.3)
-    assert {name: (timing.median, timing.calls) for name, timing in found.items()} == {"a": (2.0, 3), "b": (3.0, 3)}
-
-
 @pytest.mark.parametrize(("ms", "text"), [(0.05312, "0.0531"), (9.996, "10.00"), (53.12, "53.1"), (0, "0")])
 def test_times_have_three_digits(ms: float, text: str) -> None:
     assert milliseconds(ms) == text

@@ -3,6 +3,7 @@
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import timm
@@ -93,24 +94,22 @@ def test_views_are_no_kernels() -> None:
     assert not any(profiling.is_view(f"aten::{name}") for name in ("mm", "add_", "copy_", "gelu", "empty", "no_such"))
 
 
-def event(name: str, *children: Any, kernels: dict[str, float] | None = None, sequence: int = -1) -> Any:
-    """What the profiler tells of an operation on a GPU, as far as it is read."""
-    made = SimpleNamespace(
-        name=name, cpu_children=list(children), cpu_parent=None, device_type=DeviceType.CPU, thread=1, fwd_thread=1,
-        sequence_nr=sequence, time_range=SimpleNamespace(start=0.0), self_cpu_time_total=1.0,
-        kernels=[SimpleNamespace(name=k, duration=us) for k, us in (kernels or {}).items()],
-    )  # fmt: skip
+def event(name: str, *children: Any, sequence: int = -1, **kernels: float) -> Any:
+    """What the profiler tells of an operation on a GPU, as far as it is read; kernels by their microseconds."""
+    made = MagicMock(cpu_children=list(children), cpu_parent=None, device_type=DeviceType.CPU, sequence_nr=sequence)
+    made.name, made.thread, made.fwd_thread, made.time_range.start = name, 1, 1, 0.0
+    made.kernels = [SimpleNamespace(name=name.replace("_", ": "), duration=us) for name, us in kernels.items()]
     for child in children:
         child.cpu_parent = made
     return made
 
 
 def test_on_a_gpu_kernels_count_and_idle_time_is_overhead() -> None:
-    attend = event("dinat_triton::fused", event("cuLaunchKernelEx", kernels={"forward_kernel": 300.0}), sequence=7)
+    attend = event("dinat_triton::fused", event("cuLaunchKernelEx", forward=300.0), sequence=7)
     # The device has a copy of the scope itself, which is no kernel.
-    scope = event("part: attention", attend, kernels={"part: attention": 900.0})
-    backward = event("autograd::engine::evaluate_function: X", event("aten::mm", kernels={"k": 500.0}), sequence=7)
-    events = [scope, event("aten::add", kernels={"add": 100.0}), backward, attend, *attend.cpu_children]
+    scope = event("part: attention", attend, part_attention=900.0)
+    backward = event("autograd::engine::evaluate_function: X", event("aten::mm", k=500.0), sequence=7)
+    events = [scope, event("aten::add", add=100.0), backward, attend, *attend.cpu_children]
     tally = Tally.of(events, on_gpu=True)
     assert tally.parts[ATTENTION] == pytest.approx(800e-6)
     assert tally.parts[OTHER] == pytest.approx(100e-6)

@@ -1,7 +1,7 @@
 """What binds: ceilings, bounds, times out of files, and the figures drawn of both."""
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -42,13 +42,6 @@ def test_a_measured_machine_is_sane() -> None:
     assert 0.02 <= ceilings.seconds(lambda: time.sleep(0.02), CPU) < 0.2
 
 
-def test_rates_are_work_over_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ceilings, "seconds", lambda call, device: 0.5)
-    assert ceilings.copy_rate(CPU) == 2 * ceilings.COPIED["cpu"] / 0.5
-    assert ceilings.product_rate(CPU, torch.float32) == 2 * ceilings.SIDE["cpu"] ** 3 / 0.5
-    assert ceilings.exp_rate(CPU) == torch.get_num_threads() * ceilings.EXPS_PER_THREAD / 0.5
-
-
 @compiled
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
 def test_exponentials_bind_that_kernel(arch: str) -> None:
@@ -63,13 +56,6 @@ def test_exponentials_bind_that_kernel(arch: str) -> None:
     # Instructions per exponential, against those that could be issued while one is computed.
     issued = found["chunk_length"] / found["exps"]
     assert issued < 0.5 * target.issues_per_clock * target.warp / target.exps_per_clock
-
-
-def test_the_largest_limit_binds() -> None:
-    point = roofline.points_in(results_of())[0]
-    work = replace(point.work, bytes=1e9, flops=5e10, exps=2e8)
-    assert replace(point, work=work).bound(ROUND) == ("products", pytest.approx(0.5))
-    assert replace(point, work=work, dtype="bfloat16").bound(ROUND) == ("exps", pytest.approx(0.2))
 
 
 # Figures

@@ -6,18 +6,8 @@ import random
 import pytest
 
 from dinat_triton.layers import Layer
-from dinat_triton.tuner.search import (
-    Budget,
-    Found,
-    Race,
-    Rejection,
-    combined,
-    layer_by_layer,
-    merged,
-    race,
-    shared_out,
-    shortlist,
-)
+from dinat_triton.tuner import search
+from dinat_triton.tuner.search import Budget, Race, Rejection, race
 
 FOREVER = 1e6
 
@@ -93,7 +83,7 @@ def test_a_race_ends_with_its_budget() -> None:
 def test_what_one_search_leaves_the_next_ones_share() -> None:
     time = Time()
     shares = []
-    for spent, (_, share) in zip((1, 6, 0), shared_out(Budget(12, time), "abc"), strict=True):
+    for spent, (_, share) in zip((1, 6, 0), search.shared_out(Budget(12, time), "abc"), strict=True):
         shares.append(share.left)
         time.now += spent
         assert share.is_spent == (spent == 6)
@@ -101,8 +91,8 @@ def test_what_one_search_leaves_the_next_ones_share() -> None:
 
 
 def test_layers_beyond_the_budget_are_named() -> None:
-    time, found = Time(), Found()
-    for _ in layer_by_layer([layer(7), layer(14), layer(28)], Budget(10, time), found):
+    time, found = Time(), search.Found()
+    for _ in search.layer_by_layer([layer(7), layer(14), layer(28)], Budget(10, time), found):
         time.now += 6
     assert found.unreached == [layer(28)]
 
@@ -117,7 +107,7 @@ def test_a_budget_is_positive_and_ends(seconds: float) -> None:
 
 
 def test_the_same_layer_is_tuned_once() -> None:
-    found = merged([layer(7, count=2), layer(14), layer(7, count=3), layer(7, heads=4), layer(7, batch=2)])
+    found = search.merged([layer(7, count=2), layer(14), layer(7, count=3), layer(7, heads=4), layer(7, batch=2)])
     assert sorted((x.shape[0], x.heads, x.batch, x.count) for x in found) == [
         (7, 2, 1, 5), (7, 2, 2, 1), (7, 4, 1, 1), (14, 2, 1, 1)
     ]  # fmt: skip
@@ -129,12 +119,12 @@ def test_over_all_layers_the_weighted_sum_counts() -> None:
         layer(7, count=10): Race({"default": [1.0], "a": [0.9], "b": [2.0], "only here": [0.1]}),
         layer(14): Race({"default": [1.0], "a": [1.5], "b": [0.1], "rejected": [], "only here": []}),
     }
-    together = combined(races)
+    together = search.combined(races)
     assert together.seconds == {"default": [11.0], "a": [10.5], "b": [20.1]}
     assert together.winner("default", 1) == "a"
 
 
 def test_a_shortlist_leaves_out_what_is_rejected() -> None:
     predicted = {"a": 3.0, "spills": Rejection("spills"), "b": 1.0, "c": 2.0}
-    assert shortlist(predicted, 2) == ["b", "c"]
-    assert shortlist(predicted, 9) == ["b", "c", "a"]
+    assert search.shortlist(predicted, 2) == ["b", "c"]
+    assert search.shortlist(predicted, 9) == ["b", "c", "a"]

@@ -1,6 +1,5 @@
 """Tuning the tiles of the CPU, and the command around all tuning."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -123,12 +122,8 @@ def test_the_cpu_is_tuned_for_real(cache: Path, monkeypatch: pytest.MonkeyPatch)
     assert run(*arguments, "--dry-run") == 0
     assert not cache.exists()
     assert run(*arguments) == 0
-    data = json.loads(tiled.user_tiles().path.read_text())
-    assert data["source"].startswith("measured on ")
     tiled.forget_tiles()
-    chosen = tiled.choose_tile(layer.geometry, 1, layer.heads)
-    assert list(chosen) in data["tiles"].values()
-    assert chosen != slow
+    assert tiled.choose_tile(layer.geometry, 1, layer.heads) in ranked[1:]
 
 
 def test_modelled_configs_are_used_and_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,13 +169,6 @@ def test_without_a_gpu_tiles_are_measured_and_kernels_modelled_in_half_the_budge
     assert run("--budget", "100") == 1
     assert left["cpu"] == pytest.approx(50, abs=0.1)
     assert left["sm_90"] > 95  # the tiles took no time
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernels are interpreted")
-def test_a_search_with_real_compilers(cache: Path) -> None:
-    assert run("--arch", "sm_90", "--layers", "dinat_mini@224", "--budget", "60") == 0
-    assert "forward/32/16" in json.loads((cache / "configs-sm_90.json").read_text())["configs"]
 
 
 def test_an_unwritable_cache_is_said_before_anything_is_tuned(
