@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+LINKED = ("kernels", "models", "bench")
 HIDE_TRITON = """
 import sys
 class Hidden:
@@ -36,6 +37,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(source)], check=True)
     for name in ("dinat_triton", "kernels", "models", "bench", "pyproject.toml"):
         subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
+    for name in LINKED:  # text, as git writes them where it makes no links: on Windows
+        link = source / "dinat_triton" / name
+        link.unlink()
+        link.write_text(f"../{name}")
     return out / python(build, cwd=source).splitlines()[-1]
 
 
@@ -48,8 +53,7 @@ def test_the_wheel_is_small_and_complete(wheel: Path) -> None:
     assert {f"dinat_triton/{part}" for part in parts} <= set(names)
     packaged = {n for n in names if n.startswith("dinat_triton/")}
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "dinat_triton").rglob("*.py")}
-    linked = ("kernels", "models", "bench")
-    sources |= {f"dinat_triton/{p.relative_to(ROOT)}" for folder in linked for p in (ROOT / folder).glob("**/*.py")}
+    sources |= {f"dinat_triton/{p.relative_to(ROOT)}" for folder in LINKED for p in (ROOT / folder).glob("**/*.py")}
     sources |= {f"dinat_triton/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").glob("**/*.json")}
     assert sources <= packaged
 
