@@ -112,9 +112,7 @@ def test_an_empty_batch_gives_an_empty_result_and_zero_bias_gradient(backend: st
     assert out.shape == (0, 9, 8, 4, 3)
     assert lse.shape == (0, 9, 8, 4)
     (out.sum() + lse.sum()).backward()
-    assert query.grad is not None
     assert query.grad.shape == query.shape
-    assert rpb.grad is not None
     assert not rpb.grad.any()
 
 

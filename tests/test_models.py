@@ -1,14 +1,11 @@
 """The model family: sizes, options, features, initialisation, training."""
 
 import math
-import subprocess
-import sys
 from copy import deepcopy
 
 import pytest
 import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from torch import nn
@@ -51,15 +48,9 @@ def dilations_of(model):
     return [[block.attn.window[4] for block in level.blocks] for level in model.levels]
 
 
-def test_every_variant_is_registered_once():
-    modules = ("dinat", "dinat_s", "isotropic")
-    names = [name for module in modules for name in timm.list_models(module=module)]
+def test_every_variant_is_registered():
+    names = [name for module in ("dinat", "dinat_s", "isotropic") for name in timm.list_models(module=module)]
     assert sorted(names) == sorted(PARAMETERS)
-    code = (
-        "import warnings; warnings.simplefilter('error', UserWarning); import dinat_triton, dinat_triton.models.dinat"
-    )
-    code += "; import dinat_triton.models.isotropic, timm; timm.create_model('dinat_s_tiny', device='meta')"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -106,9 +97,7 @@ def test_dilations_of_dense_prediction_are_a_keyword_away(name, expected):
 @pytest.mark.parametrize("name", ["dinat_mini", "dinat_s_tiny"])
 @pytest.mark.parametrize("size", [(32, 32), (97, 131)])
 def test_any_size_works(name, size):
-    model = small(name).eval()
-    with torch.no_grad():
-        features = model.forward_features(torch.randn(2, 3, *size))
+    features = small(name).eval().forward_features(torch.randn(2, 3, *size))
     assert features.shape == (2, math.ceil(size[0] / 32), math.ceil(size[1] / 32), 256)
     assert features.isfinite().all()
 
@@ -159,25 +148,12 @@ def test_refused_options(options, error, says):
         small(**options)
 
 
-@pytest.mark.parametrize(
-    ("shape", "says"),
-    [
-        ((1, 1, 64, 64), r"image must be \[batch, 3, height, width\].*1, 1, 64, 64"),
-        ((3, 64, 64), r"image must be \[batch, 3, height, width\]"),
-        ((1, 3, 64, 31), "image must be at least 32 x 32, got 64 x 31"),
-    ],
-)
-def test_refused_images(shape, says):
-    with pytest.raises(ValueError, match=says):
-        small()(torch.randn(shape))
-
-
-def test_preprocessing():
-    for name, size, crop in (("dinat_mini", 224, 0.875), ("dinat_large_384", 384, 1.0), ("dinat_s_tiny", 224, 0.875)):
-        config = timm.data.resolve_data_config(model=timm.create_model(name, device="meta"))
-        assert config["input_size"] == (3, size, size)
-        assert (config["crop_pct"], config["interpolation"]) == (crop, "bicubic")
-        assert (config["mean"], config["std"]) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+def test_refused_images():
+    model, layout = small(), r"image must be \[batch, 3, height, width\], got"
+    refused = {(1, 1, 64, 64): layout, (3, 64, 64): layout, (1, 3, 64, 31): "at least 32 x 32, got 64 x 31"}
+    for shape, says in refused.items():
+        with pytest.raises(ValueError, match=says):
+            model(torch.randn(shape))
 
 
 def test_features_in_either_format():
@@ -209,24 +185,28 @@ def test_features_have_norms_of_their_own():
 
 
 def test_initialisation_is_the_authors_and_repeatable():
-    torch.manual_seed(3)
-    model = timm.create_model("dinat_mini")
-    for name, parameter in model.named_parameters():
-        if name.endswith(".rpb") or (parameter.ndim == 2 and name.endswith("weight")):
-            assert parameter.std().item() == pytest.approx(0.02, rel=0.1), name
-            assert parameter.mean().abs().item() < 4 * 0.02 / math.sqrt(parameter.numel()), name
-        elif "norm" in name and name.endswith("weight"):
-            assert (parameter == 1).all(), name
-        elif parameter.ndim == 1 and "patch_embed.proj" not in name:
-            assert (parameter == 0).all(), name
+    def initialised():
+        """On another device at first, and where it is."""
+        later = timm.create_model("dinat_mini", device="meta").to_empty(device="cpu")
+        torch.manual_seed(3)
+        later.init_weights()
+        torch.manual_seed(3)
+        return later, timm.create_model("dinat_mini")
+
+    for model in initialised():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".rpb") or (parameter.ndim == 2 and name.endswith("weight")):
+                assert parameter.std().item() == pytest.approx(0.02, rel=0.1), name
+                assert parameter.mean().abs().item() < 4 * 0.02 / math.sqrt(parameter.numel()), name
+            elif "norm" in name and name.endswith("weight"):
+                assert (parameter == 1).all(), name
+            elif parameter.ndim == 1 and "patch_embed.proj" not in name:
+                assert (parameter == 0).all(), name
+            else:
+                assert parameter.isfinite().all(), name
     torch.manual_seed(3)
     again = timm.create_model("dinat_mini")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    later = timm.create_model("dinat_mini", device="meta").to_empty(device="cpu")
-    torch.manual_seed(3)
-    later.init_weights()
-    assert later.levels[0].blocks[0].attn.rpb.std().item() == pytest.approx(0.02, rel=0.1)
-    assert all(p.isfinite().all() for p in later.parameters())
     scaled = timm.create_model("nat_small", device="meta")
     assert scaled.levels[0].blocks[0].ls1.init_values == 1e-5
 
@@ -246,11 +226,10 @@ def test_gradient_checkpointing_changes_nothing():
 def test_low_precision():
     model = small().eval()
     x = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        expected = model(x)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            autocast = model(x)
-        low = deepcopy(model).bfloat16()(x.bfloat16())
+    expected = model(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        autocast = model(x)
+    low = deepcopy(model).bfloat16()(x.bfloat16())
     assert low.dtype == torch.bfloat16
     for found in (autocast.float(), low.float()):
         assert (found - expected).abs().max() < 0.05 * expected.abs().max()
@@ -284,9 +263,10 @@ def test_parameter_groups():
     model = small()
     assert {name for name, _ in model.named_parameters() if name.endswith("rpb")} == model.no_weight_decay()
     layers = group_parameters(model, model.group_matcher(), reverse=True)
-    order = ["patch_embed.norm.weight", "levels.0.blocks.0.attn.rpb", "levels.1.blocks.1.mlp.fc1.bias"]
-    order += ["levels.3.blocks.0.norm1.weight", "norm.weight"]
-    assert sorted(layers[name] for name in order) == [layers[name] for name in order]
+    order = ["patch_embed.norm.weight", "levels.0.blocks.0.attn.rpb", "levels.1.downsample.norm.weight"]
+    order += ["levels.1.blocks.1.mlp.fc1.bias", "levels.3.blocks.0.norm1.weight", "norm.weight"]
+    assert sorted(order, key=layers.get) == order
+    assert layers["levels.1.downsample.norm.weight"] == layers["levels.1.blocks.0.norm1.weight"]
     assert len(set(layers.values())) == 6 + 2  # a layer per block, the stem, and the rest
     optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.75)
     scales = {group["lr_scale"] for group in optimizer.param_groups}
@@ -300,16 +280,6 @@ def test_parameter_groups():
 def test_backends_agree():
     model = small().eval()
     x = torch.randn(1, 3, 97, 64)
-    with torch.no_grad(), dt.use_backend("reference"):
+    with dt.use_backend("reference"):
         expected = model(x)
-    with torch.no_grad(), dt.use_backend("tiled"):
-        torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_compile_and_export():
-    model = small(depths=(1, 1), dilations=[[2], [1]]).eval()
-    x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        expected = model(x)
-        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
-        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
