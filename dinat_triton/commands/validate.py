@@ -23,7 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("data", nargs="?", default=argparse.SUPPRESS, metavar="DATA",
                         help=recipe.FIELDS["data"]["text"])  # fmt: skip
-    parser.add_argument("--run", dest="folder", type=Path, metavar="RUN", help="a folder of `dinat-triton train`: its "
+    parser.add_argument("--trained", type=Path, metavar="RUN", help="a folder of `dinat-triton train`: its "
                         "model, its best weights and the images it validated on, unless told otherwise")  # fmt: skip
     parser.add_argument("--crop", dest="crop_mode", choices=("center", "squash", "border"), default=argparse.SUPPRESS,
                         help="crop the centre, as the authors evaluate, or squash all of it, as the hub's "
@@ -46,11 +46,11 @@ def run(args: argparse.Namespace) -> int:
     if args.per_class is not None:
         check_target(args.per_class, endings=(".csv",), force=args.force)
     sets: dict[str, Any] = {"weights": "hub"}
-    if args.folder is not None:
-        sets = recipe.read(str(args.folder / "args.yaml")) | {"weights": str(args.folder / "best.safetensors")}
+    if args.trained is not None:
+        sets = recipe.read(str(args.trained / "args.yaml")) | {"weights": str(args.trained / "best.safetensors")}
     options = recipe.Recipe(**sets | recipe.given(args))
     accelerator = accelerator_for(options)
-    samples, classes = data.load_validation(options) if args.folder is None else data.load(options)[1:]
+    samples, classes = data.load_validation(options) if args.trained is None else data.load(options)[1:]
     model = build(options, None if options.weights == "hub" else len(classes), new_classifier=False)
     if model.num_classes != len(classes):
         raise ValueError(

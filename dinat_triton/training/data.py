@@ -150,12 +150,9 @@ def _has_splits(recipe: Recipe) -> bool:
 def class_names(images: Any, recipe: Recipe) -> list[str]:
     """The classes of a data set by their labels."""
     reader = getattr(images, "reader", images)
-    if mapping := getattr(reader, "class_to_idx", None):
+    mapping = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)  # a tar's
+    if mapping:
         return sorted(mapping, key=mapping.__getitem__)
-    features = getattr(getattr(reader, "dataset", None), "features", {})
-    for feature in features.values():
-        if hasattr(feature, "names"):
-            return list(feature.names)
     raise ValueError(f"{recipe.data} does not say which classes it has")
 
 
@@ -183,7 +180,7 @@ def validation_loader(samples: Samples, recipe: Recipe, config: Mapping[str, Any
 def _loader(samples: Any, recipe: Recipe, config: Mapping[str, Any], batch_size: int, **options: Any) -> DataLoader:
     return create_loader(
         samples, config["input_size"], batch_size, mean=config["mean"], std=config["std"], num_workers=recipe.workers,
-        use_prefetcher=False, **options,
+        use_prefetcher=False, pin_memory=torch.cuda.is_available(), **options,
     )  # fmt: skip
 
 

@@ -156,15 +156,20 @@ class Run:
     def _check(self, loss: float) -> None:
         """Stops where going on makes no sense."""
         if not math.isfinite(loss):
-            path = checkpoint.latest(self.folder)
-            good = f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
-            raise RuntimeError(f"the loss is {loss} after step {self.engine.done}: {good}")
+            raise self._failure(f"the loss is {loss}")
         self.train.check()
         self.val.check()
+
+    def _failure(self, what: str) -> RuntimeError:
+        path = checkpoint.latest(self.folder)
+        good = f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
+        return RuntimeError(f"{what} after step {self.engine.done}: {good}")
 
     def _save(self) -> None:
         """Writes a checkpoint."""
         state = self.state()
         if self.accelerator.is_main_process:
+            if not all(tensor.isfinite().all() for tensor in state["engine"]["model"].values()):
+                raise self._failure("weights are no numbers")
             checkpoint.write(self.folder, state, self.engine.done, self.recipe.checkpoint_hist)
         self.saved_at = time.monotonic()

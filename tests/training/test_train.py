@@ -39,7 +39,8 @@ def test_a_run_leaves_weights_metrics_a_curve_and_what_reproduces_it(train, tmp_
     best = max(rows, key=lambda row: float(row["top1"]))
     assert f"best: {float(best['top1']):.2f} % top-1 in epoch {best['epoch']}" in printed.out
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
-    assert main(["train", "--recipe", str(tmp_path / "run" / "args.yaml"), "--out", str(tmp_path / "again")]) == 0
+    again = ["--recipe", str(tmp_path / "run" / "args.yaml"), "--out", str(tmp_path / "again"), "--workers", "2"]
+    assert main(["train", *again]) == 0
     weights, again = (load_file(tmp_path / run / "last.safetensors") for run in ("run", "again"))
     assert all(torch.equal(tensor, again[name]) for name, tensor in weights.items())
 
@@ -60,7 +61,7 @@ def test_fine_tuning_starts_from_weights_with_another_head_and_leaves_frozen_sta
 def test_options_reach_what_they_are_for(train, tmp_path: Path, monkeypatch) -> None:
     engines = []
     monkeypatch.setattr(Engine, "step", lambda self, images, labels: engines.append(self) or torch.zeros(()))
-    monkeypatch.setattr(Engine, "state", lambda self: {"done": self.done})
+    monkeypatch.setattr(Engine, "state", lambda self: {"done": self.done, "model": {}})
     options = "--lr 0.1 --warmup-epochs 2 --warmup-lr 0.01 --weight-decay 0.3 --layer-decay 0.5 --cutmix 0 --mixup 0.5"
     train(tmp_path, f"{options} --smoothing 0.2 --model-ema --amp --opt-kwargs eps=1e-3 --epochs 3 --sched constant")
     engine, named = engines[0], dict(engines[0].model.named_parameters())
@@ -78,21 +79,27 @@ def test_options_reach_what_they_are_for(train, tmp_path: Path, monkeypatch) -> 
     assert engine.accelerator.mixed_precision == "bf16"
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_names_the_last_good_checkpoint(
-    train, tmp_path: Path, monkeypatch, capsys
+@pytest.mark.parametrize(
+    ("minutes", "says", "good"),
+    [(10, "the loss is nan after step 13", 9), (0, "weights are no numbers after step 12", 11)],
+)
+def test_what_is_no_number_stops_the_run_and_names_the_last_good_checkpoint(
+    minutes: int, says: str, good: int, train, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     monkeypatch.setattr(beat, "SECONDS", 0.0)
     step = Engine.step
 
     def diverge(self: Engine, *batch: torch.Tensor) -> torch.Tensor:
-        return step(self, *batch) * (torch.nan if self.done > 12 else 1)
+        loss = step(self, *batch)
+        if self.done == 12:
+            self.model.norm.bias.data.fill_(torch.nan)
+        return loss
 
     monkeypatch.setattr(Engine, "step", diverge)
-    assert train(tmp_path) == 2
-    assert f"the loss is nan after step 13: the last good checkpoint is {checkpoint.latest(tmp_path)}" in error_of(
-        capsys
-    )
-    assert checkpoint.latest(tmp_path).name == "step-000000009.pt"
+    assert train(tmp_path, f"--checkpoint-minutes {minutes}") == 2
+    path = checkpoint.latest(tmp_path)
+    assert path.name == f"step-{good:09}.pt"
+    assert f"{says}: the last good checkpoint is {path}" in error_of(capsys)
 
 
 def test_broken_images_are_left_out_and_counted(train, pictures: Path, tmp_path: Path, capsys) -> None:
@@ -103,7 +110,9 @@ def test_broken_images_are_left_out_and_counted(train, pictures: Path, tmp_path:
         (data / split / "red" / "03.png").write_bytes(b"no image")
     assert train(tmp_path / "run", "--max-broken 1 --epochs 1 --workers 1", data) == 0
     assert "48 images of 3 classes to learn, 48 to validate" in capsys.readouterr().out
-    assert main(["validate", str(data), "--run", str(tmp_path / "run"), "--per-class", str(tmp_path / "a.csv")]) == 0
+    assert (
+        main(["validate", str(data), "--trained", str(tmp_path / "run"), "--per-class", str(tmp_path / "a.csv")]) == 0
+    )
     assert "on 47 images" in capsys.readouterr().out
     assert "red,15," in (tmp_path / "a.csv").read_text()
     assert train(tmp_path / "other", "--max-broken 0 --epochs 1", data) == 2

@@ -85,7 +85,7 @@ def test_two_processes_count_no_image_twice_and_only_one_speaks(
         (["--real-labels"], "--real-labels are of ImageNet's 50000 validation images, got 48 images"),
         (["--per-class", "table.txt"], "must end in .csv"),
         (["--weights", "{seven}"], "checkpoint has a classifier of 7 classes, the model one of 3"),
-        (["--run", "nonsense"], "nonsense"),
+        (["--trained", "nonsense"], "nonsense"),
     ],
 )
 def test_bad_input_is_refused(options: list[str], says: str, pictures: Path, weights: Path, tmp_path, capsys) -> None:
