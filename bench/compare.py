@@ -42,7 +42,7 @@ class Pair:
 
 
 def pairs_of(a: Sequence[Record], b: Sequence[Record]) -> list[Pair]:
-    """What both have timed, in the order of A."""
+    """Pairs of timings that both have, in the order of A."""
     of_b = {(*r.cell, r.implementation): r.timing for r in b}
     pairs = []
     for record in a:
@@ -53,7 +53,7 @@ def pairs_of(a: Sequence[Record], b: Sequence[Record]) -> list[Pair]:
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """How the environments of two files differ."""
+    """Differences between the environments of two files."""
     left, right = ({name: e.get(name) for name in ENVIRONMENT} | e.get("versions", {}) for e in (a, b))
     both = [name for name in {**left, **right} if name != "versions"]
     return [f"{n} {left.get(n)} and {right.get(n)}" for n in both if left.get(n) != right.get(n)]

@@ -59,10 +59,10 @@ class Record:
         problem: A layer, or what else makes records comparable, such as the batch of a model.
         implementation: A backend, a peer, a model.
         pass_: Forward, training, ...
-        dtype: Of the tensors.
-        timing: Of a warm call.
+        dtype: Dtype of the tensors.
+        timing: Times of warm calls.
         reason: Why there is no timing.
-        also: What else was measured or counted, such as `peak_bytes`, `first_call_ms` and `work`.
+        also: Other measurements and counts, such as `peak_bytes`, `first_call_ms` and `work`.
     """
 
     problem: dict[str, Any]
@@ -75,7 +75,7 @@ class Record:
 
     @property
     def cell(self) -> tuple[str, str, str]:
-        """What records have in common that can be set against each other."""
+        """Key that records share which can be set against each other."""
         return json.dumps(self.problem, sort_keys=True), self.pass_, self.dtype
 
     @property
@@ -115,7 +115,7 @@ class Cell:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What `Record.cell` is of its records."""
+        """`Record.cell` of its records."""
         return self.record("").cell
 
     def record(self, implementation: str, **found: Any) -> Record:
@@ -171,7 +171,7 @@ def geometric_mean(values: Sequence[float], weights: Sequence[float] | None = No
 
 
 def reasons(records: Sequence[Record]) -> list[str]:
-    """Why implementations have no time, each reason once with the number of records it holds for."""
+    """Reasons for missing times, each once with the number of records it holds for."""
     found: dict[str, int] = {}
     for r in records:
         if r.reason:
@@ -309,7 +309,7 @@ def _commit() -> str | None:
 
 
 def _command(*words: str) -> str | None:
-    """What a program prints, or None if it cannot run."""
+    """Output of a program, or None if it cannot run."""
     try:
         return subprocess.run(words, cwd=FOLDER, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

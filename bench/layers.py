@@ -114,7 +114,7 @@ class Bench:
             return {}
 
     def difference(self, peer: Peer, attention: Attention, cell: Cell, inputs: Inputs) -> str | None:
-        """How an output differs from ours, if it does."""
+        """Difference of an output from ours, if there is one."""
         if not peer.same_function or peer.name == OURS[self.device.type]:
             return None
         out = attention.call()

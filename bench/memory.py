@@ -1,4 +1,4 @@
-"""How much memory a run needs at most, and runs in processes of their own, where nothing was there before."""
+"""Peak memory of a run, and runs in processes of their own, where nothing was there before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What others offer for the attention layers. Nothing here calls dinat_triton."""
+"""Implementations of the attention layers by others. Nothing here calls dinat_triton."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def _compile_flex(layer: Layer, inputs: Inputs, mask_mod: Callable[..., Tensor],
 
 
 def _block_mask(layer: Layer, device: torch.device, mask_mod: Callable[..., Tensor], block: int = 128) -> BlockMask:
-    """What `create_block_mask` makes, without evaluating every pair of tokens on the way."""
+    """Result of `create_block_mask`, without evaluating every pair of tokens on the way."""
     keys, _ = neighbors(layer, device)
     blocks = math.ceil(layer.tokens / block)
     queries = torch.arange(layer.tokens, device=device)[:, None]

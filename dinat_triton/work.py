@@ -116,9 +116,9 @@ class Ceilings:
 
     Attributes:
         source: Where the numbers are from: measured, or a vendor's.
-        device: What they are of.
-        copy_bytes_per_s: Of a large copy, read and written counted each.
-        product_flops_per_s: Of a large matrix product, by dtype: float32 (ieee, never tf32) and bfloat16.
+        device: Name of the device.
+        copy_bytes_per_s: Rate of a large copy, read and written counted each.
+        product_flops_per_s: Rate of a large matrix product in float32 (ieee, never tf32) and bfloat16.
         exps_per_s: Float32 exponentials of arguments in registers, or in the nearest cache.
     """
 

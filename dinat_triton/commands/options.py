@@ -1,4 +1,4 @@
-"""What commands are asked for: layers, devices and output files, refused with a hint before anything is done."""
+"""Options that commands share: layers, devices and output files, refused with a hint before anything is done."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ class Part:
 
 
 def parts_of(args: argparse.Namespace) -> list[Part]:
-    """What there is to do, after all arguments were checked."""
+    """Everything that is to be tuned, after all arguments were checked."""
     from dinat_triton.tuner.search import merged
 
     check_positive(args, "jobs", "batch")
@@ -218,7 +218,7 @@ def _keep(args: argparse.Namespace, found: Found, entries: Table, about: Mapping
 
 
 def _about(source: str, *distributions: str) -> Mapping[str, Any]:
-    """What a table says of itself."""
+    """Head of a table: its source, versions and date."""
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     return {"source": source, "versions": {name: version(name) for name in distributions}, "date": today}
 

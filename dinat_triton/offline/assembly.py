@@ -24,7 +24,7 @@ MATRIX = {
 
 
 def read(asm: dict[str, Any], is_amd: bool) -> dict[str, Any]:
-    """Of what the compiler leaves: fields of `inspect.Report`."""
+    """Fields of `inspect.Report` that the compiler's output tells."""
     return _read_amd(asm) if is_amd else _read_nvidia(asm)
 
 

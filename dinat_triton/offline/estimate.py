@@ -1,4 +1,4 @@
-"""How long layers would take on a GPU that is not there: the work of their plans over the GPU's rates.
+"""Estimates of layers on a GPU that is not there: the work of their plans over the GPU's rates.
 
 Limits near each other slow each other down: times combine them by their fourth powers. That is a model, good for what
 binds and for which config needs less of it; only a GPU tells times.

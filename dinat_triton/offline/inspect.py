@@ -103,8 +103,8 @@ def variants_of(
     Args:
         layer: The layer, on a packed qkv.
         target: The GPU.
-        dtype: Of all tensors.
-        configs: Of the passes; by default those of the tables.
+        dtype: Dtype of all tensors.
+        configs: Configs of the passes; by default those of the tables.
     """
     preset, geometry, scale = Preset(target.architecture, configs), layer.geometry, layer.dim**-0.5
     qkv = torch.empty(layer.batch, *layer.shape, 3, layer.heads, layer.dim, device="meta", dtype=dtype)
@@ -145,21 +145,21 @@ def pretending(target: Target) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Report:
-    """What a compiled kernel needs and does.
+    """Needs and contents of a compiled kernel.
 
     Attributes:
-        registers: Of a thread.
+        registers: Registers of a thread.
         spills: Bytes of a thread that went to memory instead (on AMD: registers).
         shared: Bytes of shared memory.
         matrix: Matrix instructions by kind.
         exps: Exponentials per thread in the innermost loop that has any.
-        expected_exps: What they would be if every score were computed once.
+        expected_exps: Exponentials per thread if every score were computed once.
         loads: Loads from global memory by their width in bytes.
         chunk_length: Instructions of the innermost loop with exponentials.
         item_length: Instructions of the loop around it, without it; 0 if that is all there is.
         chunk_exchange: Bytes that the innermost loop moves between a warp or its matrix unit and shared memory.
-        item_exchange: And the loop around it.
-        programs: That fit a multiprocessor.
+        item_exchange: The same of the loop around it.
+        programs: Programs that fit a multiprocessor.
     """
 
     variant: KernelVariant
@@ -202,7 +202,7 @@ def inspect(variant: KernelVariant, target: Target) -> Report:
 
 
 def complaints(report: Report, target: Target) -> list[str]:
-    """Why a kernel must not ship, if it must not."""
+    """Reasons why a kernel must not ship."""
     found = []
     if report.spills > TOLERATED_SPILLS:
         found.append(f"spills {report.spills} {'registers' if target.is_amd else 'bytes'}")

@@ -18,8 +18,8 @@ class Target:
 
     Attributes:
         shared: Bytes of shared memory that one program may use.
-        shared_total: And that all programs of a multiprocessor share.
-        threads: That a multiprocessor holds.
+        shared_total: Bytes that all programs of a multiprocessor share.
+        threads: Threads that a multiprocessor holds.
         registers: 32-bit registers of a multiprocessor; a thread's share is counted in steps of eight.
         memory: Bytes per second that a copy reaches.
         cache: Bytes per second out of L2.

@@ -58,7 +58,7 @@ class KernelSearch:
     Attributes:
         layers: The layers.
         model: Ranks configs.
-        budget: Of all of it.
+        budget: Time for all of it.
         clock_of: Times a layer; None without a GPU.
         general: Whether to look for the config of all other layers, too.
     """
@@ -96,11 +96,11 @@ class KernelSearch:
     # What there is to choose from
 
     def start(self, layer: Layer) -> Configs:
-        """What a layer is set against: what it has now. The model only knows enough to say what is not the rule."""
+        """Configs that a layer's others have to beat: those in use, or without a GPU the rule's."""
         return {name: self.in_use(name, layer) if self.clock_of else self.default(name) for name in IN_TURN}
 
     def in_use(self, name: str, layer: Layer | None = None) -> Config:
-        """What a layer gets now, or a layer that nobody tuned."""
+        """Config that a layer gets now, or a layer that nobody tuned."""
         own = () if layer is None else (layer.geometry, layer.maps)
         return choose_config(name, self.dim, self.bits, self.model.target.name, self.model.target.device, *own)
 
@@ -108,7 +108,7 @@ class KernelSearch:
         return self.in_use(name) if self.clock_of else rule(name, self.dim, self.bits)
 
     def known(self, name: str, layer: Layer) -> list[Config]:
-        """What others are set against."""
+        """Configs that are raced in any case."""
         return [self.start(layer)[name], self.in_use(name, layer), self.in_use(name), self.default(name)]
 
     def applies(self, name: str, layer: Layer) -> bool:
@@ -140,7 +140,7 @@ class KernelSearch:
         self.model.finish(budget)
 
     def _shared_shortlist(self, name: str) -> list[Config]:
-        """What promises most for all layers together."""
+        """Configs that promise most for all layers together."""
         layers = [layer for layer in self.layers if self.applies(name, layer)]
         totals: dict[Config, float | Rejection] = {}
         for config in self.shared[name] if layers else []:

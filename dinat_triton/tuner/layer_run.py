@@ -36,7 +36,7 @@ def poisoned() -> Iterator[None]:
 
 
 def errors(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, float]:
-    """Of each tensor, the norm of its error over its own; NaN stays NaN."""
+    """Norm of each tensor's error over its own; NaN stays NaN."""
     return {
         name: (torch.linalg.vector_norm(found[name].double() - x) / torch.linalg.vector_norm(x)).item()
         for name, x in truth.items()
@@ -53,7 +53,7 @@ class LayerRun:
 
     Args:
         layer: The layer.
-        dtype: Of all tensors, the bias among them.
+        dtype: Dtype of all tensors, the bias among them.
         device: Where.
         backend: The module of the backend, `tiled` or `kernels.attention`.
         given: The arguments by which the backend takes a choice.
@@ -127,7 +127,7 @@ class LayerRun:
         return _named(out.detach(), *torch.autograd.grad(out, (qkv, rpb), self.grad_out.double()))
 
     def check(self, choice: Hashable) -> str | None:
-        """What is wrong with the output and the gradients, or None; what nobody wrote counts as wrong."""
+        """Errors of the output and the gradients, or None if all are small; unwritten elements count as wrong."""
         with poisoned():
             saved = self.forward(choice)
             found = _named(saved[0], *self.backward(choice, saved))

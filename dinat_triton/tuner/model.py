@@ -46,7 +46,7 @@ def candidates(name: str, layers: Sequence[Layer], bits: int, warp: int) -> list
 
     Args:
         name: The pass.
-        layers: What they are for.
+        layers: Layers that they are for.
         bits: Width of the dtype.
         warp: Threads of a warp.
     """
@@ -78,7 +78,7 @@ class Model:
 
     Args:
         target: The GPU.
-        dtype: Of all tensors.
+        dtype: Dtype of all tensors.
         submit: Begins to compile a kernel and to read the result.
         shared: Bytes of shared memory that a program may use, if fewer than the GPU has.
     """

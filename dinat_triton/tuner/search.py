@@ -26,7 +26,7 @@ Choice = TypeVar("Choice", bound=Hashable)
 
 @dataclass(frozen=True)
 class Rejection:
-    """Why a choice must not be taken."""
+    """Reason why a choice must not be taken."""
 
     reason: str
 
@@ -92,8 +92,8 @@ class Found:
 
     Attributes:
         entries: For the table, by key; None where a key needs none any more.
-        rows: What changes by them.
-        wrong: What was rejected although it promised well, and why.
+        rows: Times before and after.
+        wrong: Choices rejected although they promised well, and why.
         unreached: Layers that the budget did not allow to tune.
     """
 
@@ -114,7 +114,7 @@ def layer_by_layer(layers: Sequence[Layer], budget: Budget, found: Found) -> Ite
 
 @dataclass
 class Race(Generic[Choice]):
-    """What each choice took, round by round, and which ones were rejected."""
+    """Seconds of each choice, round by round, and the choices that were rejected."""
 
     seconds: dict[Choice, list[float]] = field(default_factory=dict)
     rejected: dict[Choice, str] = field(default_factory=dict)
@@ -129,7 +129,7 @@ class Race(Generic[Choice]):
         return median(self.seconds[choice])
 
     def gain(self, choice: Choice, over: Choice) -> float:
-        """How many times as long the other took, in at least four rounds out of five."""
+        """Factor by which the other is slower, in at least four rounds out of five."""
         if not self.seconds.get(over):
             return math.inf
         ratios = sorted(b / a for a, b in zip(self.seconds[choice], self.seconds[over], strict=False))

@@ -44,8 +44,8 @@ def tune_tiles(
 
     Args:
         layers: The layers.
-        dtype: Of all tensors.
-        budget: Of all of it.
+        dtype: Dtype of all tensors.
+        budget: Time for all of it.
         clock_of: Times a layer; by default it is run.
     """
 
@@ -109,7 +109,7 @@ def fit(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def losses(samples: Sequence[Sample]) -> list[float]:
-    """Of each layer: how many times the best timed forward the model's own choice takes."""
+    """Time of the model's own choice over that of the best one, for each layer."""
     found = []
     for layer in dict.fromkeys(sample.layer for sample in samples):
         times = {sample.tile: sample.ns for sample in samples if sample.layer == layer}

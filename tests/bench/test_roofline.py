@@ -80,6 +80,7 @@ def test_a_figure_shows_the_numbers_of_its_file() -> None:
 
 
 def test_without_times_every_layer_lies_on_its_roof() -> None:
+    figures.draw(Results.load(RESULTS.parent / "offline" / "roofline-sm_90.json"))
     for point in roofline.points_in(results_of()):
         _, (intensity, rate) = figures.marks(point, ROUND)
         assert rate == pytest.approx(min(intensity * 1e10, 1e11, 1e9 * point.work.flops / point.work.exps))
