@@ -24,6 +24,11 @@ class AxisCounts:
         self._runs, self.lengths = runs, runs.lengths
 
     @cached_property
+    def num_tiles(self) -> IntArray:
+        """Tiles."""
+        return self._sum(self._runs.tiles)
+
+    @cached_property
     def col_loads(self) -> IntArray:
         """Columns of all tiles."""
         return self._sum(self._runs.tiles * self._runs.columns)
@@ -101,6 +106,11 @@ class Candidates:
     def columns(self) -> IntArray:
         """Columns of the widest tile."""
         return self._product([axis.most_columns for axis in self._axes])
+
+    @property
+    def num_tiles(self) -> IntArray:
+        """Tiles of a map."""
+        return self._product([axis.num_tiles for axis in self._axes])
 
     @property
     def col_loads(self) -> IntArray:

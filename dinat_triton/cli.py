@@ -16,6 +16,7 @@ COMMANDS = {
     "classify": "name what images show",
     "convert": "turn a checkpoint from any published layout into any other",
     "demo": "check and time every backend that runs here",
+    "export": "write a model to a file for ONNX Runtime, OpenVINO, AOTInductor or libtorch",
     "explore": "play with windows, plans and receptive fields in the browser",
     "inspect": "compile the Triton kernels for any GPU, without one, and judge them",
     "models": "list the published models and their weights",

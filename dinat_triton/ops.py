@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map
 
-from dinat_triton import dropout, reference, tiled
+from dinat_triton import dropout, reference, tile_form, tiled
 from dinat_triton.checks import check_dropout, check_rpb, check_scale, check_tensors
 from dinat_triton.dispatch import resolve
 from dinat_triton.geometry import Geometry, check_fits, geometry_of, split_window
@@ -81,6 +81,8 @@ def na(
     geometry = _check_window(qkv, window)
     if rpb is not None:
         check_rpb(rpb, query, geometry)
+    if type(query) is not Tensor and torch.onnx.is_in_onnx_export():
+        return opened(qkv, window, rpb, scale, dropout_p)
     backend = resolve(backend, query, key, value, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     seed = dropout.new_seed(query.device) if dropout_p > 0 else None
@@ -89,6 +91,23 @@ def na(
     # Triton's backward reads the log-sum-exp; writing it costs next to nothing. The tiled backward recomputes it.
     need_lse = return_lse or backend == "triton"
     return _fused_autograd(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend)
+
+
+def opened(
+    qkv: list[Tensor],
+    window: list[int],
+    rpb: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    *options: object,
+) -> tuple[Tensor, Tensor]:
+    """The op `na` as a graph of plain torch operations, for exporters: nothing of this package is left in it."""
+    if dropout_p > 0:
+        raise ValueError(f"dropout_p must be 0 in a model that is exported, got {dropout_p}: call its eval() first")
+    query, key, value = unpack(qkv)
+    geometry = _geometry(qkv, window)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return tile_form.attention(query, key, value, rpb, geometry, scale)
 
 
 def _fused(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend):

@@ -41,8 +41,18 @@ def crop_like(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _resize_in_graph(x, shape):
-    known = [statically_known_true(n == m) for n, m in zip(x.shape[1:-1], shape, strict=True)]
-    return x if all(known) else RESIZE(x, shape)
+    sizes = list(zip(x.shape[1:-1], shape, strict=True))
+    longer = [not statically_known_true(n >= m) for n, m in sizes]
+    shorter = [not statically_known_true(n <= m) for n, m in sizes]
+    if any(map(all, zip(longer, shorter, strict=True))):
+        return RESIZE(x, shape)
+    # Known once and for all, so that nothing of this package need be in the graph.
+    for axis, (_, m) in enumerate(sizes):
+        x = x.narrow(1 + axis, 0, m) if shorter[axis] else x
+    amounts = [0, 0]
+    for (n, m), grows in zip(sizes[::-1], longer[::-1], strict=True):
+        amounts += [0, m - n if grows else 0]
+    return nn.functional.pad(x, amounts) if any(longer) else x
 
 
 def _resize(x, shape):
