@@ -1,6 +1,5 @@
 """`dinat-triton plot`: files and characters that show the geometry, and messages instead of tracebacks."""
 
-import re
 import signal
 import subprocess
 import sys
@@ -94,10 +93,6 @@ def test_explore_serves_until_it_is_interrupted() -> None:
         for path in ("", "page.js", "page.css", "api/about?shape=9&kernel=3"):
             with urllib.request.urlopen(url + path, timeout=20) as response:
                 assert response.status == 200
-        if sys.platform == "linux":
-            memory = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
-            assert memory is not None
-            assert int(memory[1]) < 300_000
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=20) == 130
         assert "Traceback" not in process.communicate()[1]
