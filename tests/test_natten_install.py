@@ -170,6 +170,7 @@ def test_it_is_undone_without_a_trace() -> None:
     with install("0.17.5"):
         import natten
         import natten.functional
+        import natten.utils.log
         from natten.utils.varlen import generate_varlen_parameters  # noqa: F401
 
         assert natten.__version__ == importlib.metadata.version("natten") == "0.17.5"

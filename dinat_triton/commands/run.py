@@ -28,7 +28,8 @@ def run(args: argparse.Namespace) -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(STARTUP), *filter(None, [os.environ.get("PYTHONPATH")])])
     runpy.run_path(str(STARTUP / "sitecustomize.py"))  # this process started without it
     sys.argv = [args.script, *args.arguments]
-    sys.path[0] = str(Path(args.script).absolute().parent)  # as Python itself has it for a script
+    if not sys.flags.safe_path:
+        sys.path[0] = str(Path(args.script).absolute().parent)  # as Python itself has it for a script
     if args.natten:
         from dinat_triton.integrations.natten import install
 

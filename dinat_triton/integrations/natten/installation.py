@@ -84,7 +84,10 @@ def populate(version: str | None, with_scores: bool) -> None:
     package = sys.modules["natten"]
     for path in names.keys() - {""}:
         module = sys.modules[f"natten.{path}"] = ModuleType(f"natten.{path}", f"`natten.{path}` on dinat-triton.")
-        module.__spec__ = ModuleSpec(module.__name__, None, is_package=any(n.startswith(f"{path}.") for n in names))
+        is_package = any(name.startswith(f"{path}.") for name in names)
+        module.__spec__ = ModuleSpec(module.__name__, None, is_package=is_package)
+        if is_package:
+            module.__path__ = []
         vars(module).update(names[path])
     for path in sorted(names):  # after the modules, so that `natten.na2d` is the function where there is one
         parent, _, child = f"natten.{path}".rpartition(".")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from math import prod
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,10 +19,7 @@ __all__ = [
     "check_stride_arg",
     "get_device_cc",
     "get_num_na_weights",
-    "log",
 ]
-
-log = SimpleNamespace(get_logger=logging.getLogger)
 
 
 def check_all_args(na_dim: int, kernel_size: Any, *rest: Any) -> tuple[tuple[Any, ...], ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from types import ModuleType
 from typing import Any
 
@@ -88,6 +89,7 @@ def namespace(version: str | None, with_scores: bool) -> dict[str, dict[str, Any
         "types": _public(types),
         "utils": _public(utils),
         "utils.checks": _public(utils),
+        "utils.log": {"get_logger": logging.getLogger},
         "utils.varlen": _public(varlen),
         "version": {"__version__": version or NEWEST},
     }
