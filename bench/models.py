@@ -21,8 +21,10 @@ from tqdm import tqdm
 from dinat_triton.bench import harness, memory
 from dinat_triton.bench.harness import TIME_IS_UP, Record, Results, elapsed_ms
 from dinat_triton.bench.layers import graphed
+from dinat_triton.bench.runtimes import exported
 from dinat_triton.commands.options import check_names, check_positive, find_device, split
 from dinat_triton.commands.tables import table
+from dinat_triton.export import FORMATS
 from dinat_triton.tuner.layer_run import first_line
 
 INFERENCE, TRAINING = PASSES = ("inference", "training")
@@ -84,6 +86,8 @@ def step_of(model: nn.Module, images: Tensor, pass_: str, autocast: bool) -> Cal
 def prepare(case: Case) -> Callable[[], object]:
     """A step of a fresh model with random weights; nothing has run yet."""
     model, images = model_of(case.name, case.pass_, case.batch, case.device)
+    if case.mode in FORMATS:
+        return exported(model, images, case.mode)
     run: Any = torch.compile(model, dynamic=False) if case.mode == COMPILED else model
     step = step_of(run, images, case.pass_, case.autocast)
     return graphed(lambda: step) if case.mode == GRAPH else step
@@ -166,6 +170,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", nargs="*", metavar="MODEL",
                         help="models that are measured compiled as well; all with nothing behind it")  # fmt: skip
     parser.add_argument("--graph", action="store_true", help="inference at batch 1 as well, eager and as a CUDA graph")
+    parser.add_argument("--runtimes", nargs="+", default=[], metavar="FORMAT",
+                        help=f"inference in files as well, on a CPU, of {', '.join(FORMATS)}")  # fmt: skip
     parser.add_argument("--autocast", action="store_true", help="in bfloat16; always on a GPU")
     parser.add_argument("--seconds", type=float, help="for each model, mode and pass (default: 4, on a GPU 1)")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin nothing after this time")
@@ -190,17 +196,22 @@ def stages_of(args: argparse.Namespace) -> list[list[Case]]:
     device = find_device(args.device).type
     if args.graph and device != "cuda":
         raise RuntimeError("--graph was asked for, and CUDA graphs need a GPU")
-    models, passes = split(args.models), split(args.passes)
+    models, passes, runtimes = split(args.models), split(args.passes), split(args.runtimes)
+    check_names("format", runtimes, FORMATS)
+    if runtimes and (device != "cpu" or INFERENCE not in passes or args.autocast):
+        raise ValueError("--runtimes measures inference in float32 on a CPU")
     check_models(models)
     check_names("pass", passes, PASSES)
     compiled = [] if args.compile is None else split(args.compile) or models
     check_names("model", compiled, models)
     batch, autocast = args.batch or BATCH[device], args.autocast or device == "cuda"
     eager = [[Case(name, pass_, EAGER, batch, device, autocast) for name in models] for pass_ in passes]
-    stages = list(eager)
+    stages = [list(each) for each in eager]
     if args.graph:
         single = [replace(case, pass_=INFERENCE, batch=1) for case in eager[0]]
         stages.append([*single, *(replace(case, mode=GRAPH) for case in single)])
+    for stage in stages[: len(passes)]:
+        stage += [replace(case, mode=to) for to in runtimes for case in stage if case.pass_ == INFERENCE]
     stages += [[replace(case, mode=COMPILED) for case in each if case.name in compiled] for each in eager]
     return [stage for stage in stages if stage]
 

@@ -35,6 +35,13 @@ def test_stages_begin_with_what_is_quick(monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(c.autocast for stage in stages for c in stage)
 
 
+def test_runtimes_are_measured_beside_eager(capsys: pytest.CaptureFixture) -> None:
+    words = ["--device", "cpu", "--passes", INFERENCE, "--models", "test_vit", "--seconds", "0.05", "--no-memory"]
+    assert cli.main(["bench", "models", *words, "--runtimes", "pt2"]) == 0
+    table = capsys.readouterr().out
+    assert "test_vit pt2" in table
+
+
 def test_a_training_step_changes_the_weights() -> None:
     model, images = nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), torch.randn(3, 3, 2, 2)
     before = model[1].weight.detach().clone()
