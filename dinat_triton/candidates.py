@@ -67,7 +67,7 @@ class AxisCounts:
         return np.bincount(self._runs.run, counts).astype(np.int64)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=256)
 def count_axis(axis: Axis, most_rows: int, transposed: bool = False) -> AxisCounts:
     """What an axis holds under each run of at most so many rows that is worth trying."""
     return AxisCounts(cut(axis, run_lengths(axis, most_rows), transposed))

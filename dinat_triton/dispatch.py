@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextvars import ContextVar
+from functools import cache
 from importlib.util import find_spec
 
 from torch import Tensor
@@ -66,11 +68,18 @@ def why_not(name: str, query: Tensor, key: Tensor, value: Tensor, scale: float |
     """Why a backend cannot run this call, or None if it can."""
     if name != "triton":
         return None
+    reason = _support()
+    return reason if isinstance(reason, str) else reason(query, key, value, scale)
+
+
+@cache
+def _support() -> str | Callable[..., str | None]:
+    """What says why the kernels cannot run a call, or why they can run none."""
     if find_spec("triton") is None:
         return "the package triton is not installed"
     from dinat_triton.kernels.support import why_not
 
-    return why_not(query, key, value, scale)
+    return why_not
 
 
 def _check_name(name: str, argument: str) -> None:

@@ -66,7 +66,7 @@ class AxisTiles:
         return np.where(seen, self.row_code[:, None] + self.col_code, MASKED)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def tile_axis(axis: Axis, tile: int, transposed: bool = False) -> tuple[AxisTiles, ...]:
     """Cuts every residue class of an axis into runs of `tile` rows, grouped by their relative picture."""
     runs = cut(axis, np.array([tile]), transposed)

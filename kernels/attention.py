@@ -10,7 +10,15 @@ from torch import Tensor
 from dinat_triton.dropout import threshold
 from dinat_triton.geometry import Geometry
 from dinat_triton.kernels.configs import Preset
-from dinat_triton.kernels.prepare import Backward, Launch, Place, find_strides, prepare_backward, prepare_forward
+from dinat_triton.kernels.prepare import (
+    Backward,
+    Launch,
+    Place,
+    are_even,
+    find_strides,
+    prepare_backward,
+    prepare_forward,
+)
 from dinat_triton.packing import unpack
 
 
@@ -25,8 +33,8 @@ def forward(
     preset: Preset | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attends; query, key and value are `[batch, *shape, heads, dim]`. The backward always needs the log-sum-exp."""
-    query, key, value = tensors = [_even(x) for x in unpack(qkv)]
-    launch = prepare_forward(geometry, _places(tensors), *_kind(query, rpb), seed is not None, preset)
+    (query, key, value), places = _even(unpack(qkv))
+    launch = prepare_forward(geometry, places, *_kind(query, rpb), seed is not None, preset)
     rows = query.shape[:-1]
     out = query.new_empty((*rows, value.shape[-1]))
     lse = torch.empty(rows, dtype=torch.float32, device=query.device)
@@ -51,10 +59,9 @@ def backward(
     preset: Preset | None = None,
 ) -> Tensor | None:
     """Writes the gradients of query, key and value into `grads`, and returns that of `rpb`."""
-    query, key, value = inputs = [_even(x) for x in unpack(qkv)]
     grad_q, grad_k, grad_v = outputs = unpack(grads)
-    grad_out = _even(grad_out)
-    places = _places([*inputs, *outputs, grad_out])
+    (query, key, value, grad_out), places = _even([*unpack(qkv), grad_out])
+    places += _places(outputs)
     given = (grad_lse is not None, seed is not None, preset)
     launches = prepare_backward(geometry, places, *_kind(query, rpb), *given)
     numbers = (scale, *_keep(dropout_p))
@@ -98,9 +105,13 @@ def _fold(rpb: Tensor | None, partials: Tensor | None, launches: Backward) -> Te
     return grad
 
 
-def _even(x: Tensor) -> Tensor:
-    """`x`, or a copy of it where the kernels could not find its tokens by three strides."""
-    return x.contiguous() if find_strides((x.shape, x.stride())) is None else x
+def _even(tensors: list[Tensor]) -> tuple[list[Tensor], tuple[Place, ...]]:
+    """Tensors and their places; copies of those in which the kernels could not find the tokens by three strides."""
+    places = _places(tensors)
+    if are_even(places):
+        return tensors, places
+    tensors = [x.contiguous() if find_strides(place) is None else x for x, place in zip(tensors, places, strict=True)]
+    return tensors, _places(tensors)
 
 
 def _places(tensors: list[Tensor]) -> tuple[Place, ...]:

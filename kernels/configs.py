@@ -204,8 +204,7 @@ def _modelled_scores(scores: Any, tokens: Any, token_bytes: int) -> Any:
     return scores + 2 * tokens * token_bytes * SCORES_PER_BYTE / 2
 
 
-# Large enough for a tuning search.
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def choose_plan(geometry: Geometry, config: Config, token_bytes: int, transposed: bool = False) -> Plan:
     """The plan with the least modelled time among the tiles that fit the config's rows."""
     found = Candidates(geometry, config.rows, transposed)

@@ -69,7 +69,7 @@ class Layout:
         return torch.as_tensor(entry, device=self.rows.device), torch.as_tensor(row, device=self.rows.device)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=128)
 def layout_of(plan: Plan, tiles_per_run: int, wide: bool, device: torch.device) -> Layout:
     """Lays a plan out.
 

@@ -38,6 +38,9 @@ ALIGNMENT = 16
 # The largest number that addresses of tokens within a batch item can have in 32 bits.
 MOST_NARROW = 2**31 - 1
 
+# Forwards, and backwards, that are kept: about twenty image sizes of a backbone, with up to 100 kB each on the device.
+MOST_LAUNCHES = 256
+
 # A tensor's shape and strides.
 Place = tuple[torch.Size, tuple[int, ...]]
 Arguments = tuple[Tensor | int, ...]
@@ -95,7 +98,7 @@ class Backward:
     keys: tuple[Launch, ...] = ()
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=MOST_LAUNCHES)
 def prepare_forward(
     geometry: Geometry, places: tuple[Place, ...], dtype: torch.dtype, device: torch.device, tf32: bool,
     rpb_dtype: torch.dtype | None, dropout: bool, preset: Preset | None = None,
@@ -115,17 +118,18 @@ def prepare_forward(
     return Launch(forward_kernel, schedule.grid, arguments, options, table=table)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=MOST_LAUNCHES)
 def prepare_backward(
     geometry: Geometry, places: tuple[Place, ...], dtype: torch.dtype, device: torch.device, tf32: bool,
     rpb_dtype: torch.dtype | None, has_grad_lse: bool, dropout: bool, preset: Preset | None = None,
 ) -> Backward:  # fmt: skip
-    """The backward's launches. `places` are those of query, key, value, their gradients, and the output's gradient."""
+    """The backward's launches. `places` are those of query, key and value, of the output's gradient, and of theirs."""
     problem = _problem(geometry, places, dtype, device, tf32, preset)
     given = {"HAS_BIAS": rpb_dtype is not None, "HAS_GRAD_LSE": has_grad_lse, "DROPOUT": dropout}
     if has_closed_backward(problem):
         schedule = schedule_of(problem, "closed_backward")
-        arguments: Arguments = (*_indices(schedule), *_strides(places), *_sizes(problem, schedule))
+        of_kernel = (*places[:3], *places[4:], places[3])
+        arguments: Arguments = (*_indices(schedule), *_strides(of_kernel), *_sizes(problem, schedule))
         launches: dict[str, tuple[Launch, ...]] = {
             "closed": (Launch(closed_backward_kernel, schedule.grid, arguments, given | schedule.options),)
         }
@@ -146,7 +150,7 @@ def _query_launches(
     rpb_dtype: torch.dtype | None,
 ) -> Iterator[Launch]:
     """One for dq and the bias gradient, or one for each where the columns of a tile take several chunks."""
-    q, k, v, grad_q, _, _, grad_out = places
+    q, k, v, grad_out, grad_q, _, _ = places
     for grad_query, grad_bias in _query_passes(schedule, rpb_dtype is not None):
         all_chunks = grad_query and not schedule.one_chunk
         table = _table(problem, schedule) if all_chunks and rpb_dtype is not None else None
@@ -166,7 +170,7 @@ def _key_launch(
     given: dict[str, bool],
     rpb_dtype: torch.dtype | None,
 ) -> Launch:
-    q, k, v, _, grad_k, grad_v, grad_out = places
+    q, k, v, grad_out, _, grad_k, grad_v = places
     table = _table(problem, schedule) if rpb_dtype is not None else None
     arguments: Arguments = (
         *_indices(schedule), *_strides((q, k, v, grad_k, grad_v, grad_out)),
@@ -248,6 +252,11 @@ def strides_of(place: Place) -> tuple[int, int, int]:
 
 
 @lru_cache(maxsize=512)
+def are_even(places: tuple[Place, ...]) -> bool:
+    """Whether three strides lead to the tokens of every tensor."""
+    return None not in map(find_strides, places)
+
+
 def find_strides(place: Place) -> tuple[int, int, int] | None:
     """From batch item, token and head to the next; None if no such three numbers lead to every token's channels."""
     shape, stride = place
@@ -263,5 +272,5 @@ def find_strides(place: Place) -> tuple[int, int, int] | None:
 
 def forget() -> None:
     """Works everything out anew when it is next asked for: the configs or the GPU have changed."""
-    for cache in (prepare_forward, prepare_backward, problem_of, schedule_of, has_closed_backward):
+    for cache in (prepare_forward, prepare_backward):
         cache.cache_clear()

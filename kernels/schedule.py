@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -28,9 +27,9 @@ from dinat_triton.plan import Plan
 FUSION = {"enable_fp_fusion": True}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Problem:
-    """All that schedules depend on. Compared by identity: `problem_of` makes each once."""
+    """All that schedules depend on."""
 
     geometry: Geometry
     batch: int
@@ -64,13 +63,12 @@ class Schedule:
         return self.layout.max_chunks == 1
 
 
-@lru_cache(maxsize=512)
 def problem_of(
     geometry: Geometry, batch: int, heads: int, kv_heads: int, dim: int, value_dim: int,
     dtype: torch.dtype, device: torch.device, tf32: bool = False, wide: bool = False,
     preset: Preset | None = None,
 ) -> Problem:  # fmt: skip
-    """Each problem once."""
+    """The problem of tensors of these sizes, here or on the GPU of a preset."""
     preset = preset or Preset()
     architecture = preset.architecture or architecture_of(device)
     # AMD has no tf32x3.
@@ -96,7 +94,6 @@ def plan_of(problem: Problem, name: str) -> Plan:
     return choose_plan(problem.geometry, config_of(problem, name), token_bytes, name == "key_backward")
 
 
-@lru_cache(maxsize=512)
 def schedule_of(problem: Problem, name: str) -> Schedule:
     """Shares a problem's work out among programs: over the batch first, then over tiles of one class."""
     architecture, config, plan = problem.architecture, config_of(problem, name), plan_of(problem, name)
@@ -138,7 +135,6 @@ def _room(architecture: Architecture, bits: int, rows: int, chunk: int) -> int:
     return chunk // 8 if rows == 16 and by_columns else rows // 16
 
 
-@lru_cache(maxsize=512)
 def has_closed_backward(problem: Problem) -> bool:
     """Whether one pass does the whole backward: no two tiles share a key, and no two heads do."""
     if problem.heads != problem.kv_heads:

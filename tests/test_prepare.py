@@ -106,5 +106,8 @@ def test_tokens_that_lie_unevenly_are_copied() -> None:
     for stride in ((1152, 288, 24, 8, 1), (576, 144, 24, 1, 3)):
         with pytest.raises(ValueError, match=r"tokens must lie evenly in memory, got shape \(2, 4, 6, 3, 8\)"):
             prepare.strides_of((shape, stride))
-    assert attention._even(torch.zeros(2, 8, 6, 3, 8)[:, ::2]).is_contiguous()
-    assert attention._even(x := torch.zeros(2, 4, 6, 3, 3, 8)[..., 1, :, :]) is x
+    uneven, even = torch.zeros(2, 8, 6, 3, 8)[:, ::2], torch.zeros(2, 4, 6, 3, 3, 8)[..., 1, :, :]
+    tensors, places = attention._even([uneven, even])
+    assert tensors[0].is_contiguous()
+    assert tensors[1] is even
+    assert places == tuple((x.shape, x.stride()) for x in tensors)
