@@ -59,11 +59,18 @@ def test_fine_tuning_starts_from_weights_with_another_head_and_leaves_frozen_sta
 
 
 def test_options_reach_what_they_are_for(train, tmp_path: Path, monkeypatch) -> None:
-    engines = []
-    monkeypatch.setattr(Engine, "step", lambda self, images, labels: engines.append(self) or torch.zeros(()))
+    engines, seen = [], []
+
+    def step(self: Engine, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        engines.append(self)
+        seen.append(set(images.sum((1, 2, 3)).tolist()))
+        return torch.zeros(())
+
+    monkeypatch.setattr(Engine, "step", step)
     monkeypatch.setattr(Engine, "state", lambda self: {"done": self.done, "model": {}})
     options = "--lr 0.1 --warmup-epochs 2 --warmup-lr 0.01 --weight-decay 0.3 --layer-decay 0.5 --cutmix 0 --mixup 0.5"
     train(tmp_path, f"{options} --smoothing 0.2 --model-ema --amp --opt-kwargs eps=1e-3 --epochs 3 --sched constant")
+    assert not set.union(*seen[:9]) & set.union(*seen[9:18])  # each epoch augments anew
     engine, named = engines[0], dict(engines[0].model.named_parameters())
     groups = {id(p): group for group in engine.optimizer.param_groups for p in group["params"]}
     assert groups[id(named["levels.0.blocks.0.attn.rpb"])]["weight_decay"] == 0
