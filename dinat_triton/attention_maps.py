@@ -39,7 +39,9 @@ class AttentionLayer:
     def attention(self, query: Sequence[int]) -> Tensor:
         """Probabilities of the query at a position, `[batch, heads, *shape]`. What falls on padding is cropped away."""
         geometry, module = self.geometry, self.module
-        q, k, _ = module.qkv(pad_to_span(self.x, module.span)).unflatten(-1, module.qkv_sizes).unbind(-3)
+        q, k, _ = (
+            module.qkv(pad_to_span(self.x, module.span, module.embed_dim)).unflatten(-1, module.qkv_sizes).unbind(-3)
+        )
         keys = geometry.keys_of(query)
         token = geometry.token_at(query)
         q, k = q.flatten(1, -3)[:, token], k.flatten(1, -3)[:, torch.as_tensor(keys)]

@@ -99,7 +99,7 @@ class _NeighborhoodAttention(nn.Module):
             nn.init.trunc_normal_(rpb, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        padded = pad_to_span(x, self.span)
+        padded = pad_to_span(x, self.span, self.embed_dim)
         qkv = split_heads(self.qkv(padded), self.qkv_sizes)
         out = attend(qkv, self.window, self.rpb, self.scale, self.attn_drop.p if self.attn_drop.training else 0.0)
         return self.proj_drop(self.proj(crop_like(out.flatten(-2), x)))

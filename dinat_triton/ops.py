@@ -78,7 +78,11 @@ def na(
     check_tensors(query, key, value)
     check_scale(scale)
     check_dropout(dropout_p)
-    geometry = _check_window(qkv, window)
+    try:
+        geometry = _check_window(qkv, window)
+    except ValueError as error:
+        read = "[batch, *map, heads, dim]"
+        raise ValueError(f"{error}. Tensors are {read}, and query has shape {tuple(query.shape)}") from None
     if rpb is not None:
         check_rpb(rpb, query, geometry)
     if type(query) is not Tensor and torch.onnx.is_in_onnx_export():

@@ -16,10 +16,10 @@ LIBRARY.define("resize(Tensor x, SymInt[] shape) -> Tensor")
 RESIZE = torch.ops.dinat_triton.resize.default
 
 
-def pad_to_span(x: Tensor, span: list[int]) -> Tensor:
+def pad_to_span(x: Tensor, span: list[int], channels: int) -> Tensor:
     """Pads `[batch, *shape, channels]` with zeros at the end of every axis that is shorter than the window's span."""
-    if x.dim() != len(span) + 2:
-        raise ValueError(f"x must be [batch, {len(span)} map axes, channels], got shape {x.shape}")
+    if x.dim() != len(span) + 2 or x.shape[-1] != channels:
+        raise ValueError(f"x must be [batch, {len(span)} map axes, {channels} channels], got shape {x.shape}")
     if not torch.jit.is_scripting() and torch.compiler.is_compiling():
         return _resize_in_graph(x, [torch.sym_max(n, least) for n, least in zip(x.shape[1:-1], span, strict=True)])
     amounts = [0, 0]

@@ -87,6 +87,7 @@ def test_wrong_options_say_what_would_be_right(options: dict, message: str) -> N
         dt.NeighborhoodAttention2D(**({"embed_dim": 8, "num_heads": 2} | options))
 
 
-def test_a_wrong_rank_says_what_would_be_right() -> None:
-    with pytest.raises(ValueError, match=r"x must be \[batch, 2 map axes, channels\], got shape"):
-        dt.NeighborhoodAttention2D(8, 2, 3)(torch.randn(4, 4, 8))
+@pytest.mark.parametrize("shape", [(4, 4, 8), (1, 8, 4, 4)])  # no batch, channels first
+def test_a_wrong_layout_says_what_would_be_right(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"x must be \[batch, 2 map axes, 8 channels\], got shape"):
+        dt.NeighborhoodAttention2D(8, 2, 3)(torch.randn(shape))
