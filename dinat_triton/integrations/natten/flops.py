@@ -67,11 +67,10 @@ def _pairs(shape: Ints, kernel_size: int | Ints) -> int:
 
 
 def add_natten_handle(flop_ctr: Any) -> Any:
-    """Teaches fvcore's counter our operations, fused and unfused: as ops, and as autograd functions around them."""
+    """Teaches fvcore's counter our operations, fused and unfused."""
     return flop_ctr.set_op_handle(
         **{
-            "dinat_triton::fused": _fused_op,
-            "prim::PythonOp.Fused": _fused_function,
+            "dinat_triton::na": _na_op,
             "dinat_triton::pairs": _pairs_op,
             "prim::PythonOp.Pairs": _pairs_function,
         }
@@ -111,21 +110,10 @@ def _pairs_function(inputs: list[Any], outputs: list[Any]) -> int:
     return (qk_flop if "dot" in outputs[0].node().scalar_args() else av_flop)(inputs, outputs)
 
 
-def _fused_op(inputs: list[Any], outputs: list[Any]) -> int:
-    """The op `fused` has a list of query, key and value, or of what packs them, and the window as its fourth input."""
-    window = [value.toIValue() for value in inputs[3].node().inputs()]
-    return _fused(list(inputs[0].node().inputs()), window, outputs)
-
-
-def _fused_function(inputs: list[Any], outputs: list[Any]) -> int:
-    """The autograd function has the tensors last, and the window as its only list."""
-    window = next(x for x in outputs[0].node().scalar_args() if isinstance(x, list))
-    return _fused(inputs, window, outputs)
-
-
-def _fused(tensors: list[Any], window: list[int], outputs: list[Any]) -> int:
-    first = outputs[0] if len(outputs) > 1 else next(outputs[0].uses()[0].user.outputs())  # of a tuple
-    out = _shape(first)
+def _na_op(inputs: list[Any], outputs: list[Any]) -> int:
+    """The op has a list of query, key and value, or of what packs them, and the window."""
+    tensors, window = list(inputs[0].node().inputs()), [value.toIValue() for value in inputs[1].node().inputs()]
+    out = _shape(outputs[0])
     rank = len(window) // 4
     is_packed = len(_shape(tensors[-1])) == rank + 4
     dim = _shape(tensors[-1] if is_packed else tensors[-2])[-1]
