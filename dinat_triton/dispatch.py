@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
@@ -68,18 +67,16 @@ def why_not(name: str, query: Tensor, key: Tensor, value: Tensor, scale: float |
     """Why a backend cannot run this call, or None if it can."""
     if name != "triton":
         return None
-    reason = _support()
-    return reason if isinstance(reason, str) else reason(query, key, value, scale)
-
-
-@cache
-def _support() -> str | Callable[..., str | None]:
-    """What says why the kernels cannot run a call, or why they can run none."""
-    if find_spec("triton") is None:
+    if not _has_triton():
         return "the package triton is not installed"
     from dinat_triton.kernels.support import why_not
 
-    return why_not
+    return why_not(query, key, value, scale)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _check_name(name: str, argument: str) -> None:
