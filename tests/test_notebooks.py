@@ -16,7 +16,10 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 PLACES = re.compile(r"/(?:home|root|usr|opt|tmp|work|Users|mnt|var)/|[A-Z]:\\\\|site-packages|0x[0-9a-f]{8}")
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+SLOW = {"06_what_grows_with_what": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("path", [pytest.param(p, marks=SLOW.get(p.stem, ()), id=p.stem) for p in NOTEBOOKS])
 def test_notebook_runs(path: Path) -> None:
     if path.stem[:2] in ("03", "05", "06") and find_spec("triton") is None:
         pytest.skip("the package triton is not installed")
