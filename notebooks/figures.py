@@ -50,8 +50,8 @@ FIGURES = {
 # Result files, and the figures drawn of them.
 STORED = {
     "roofline": "offline/roofline-sm_90.json",
-    "roofline_cpu": "intel-xeon-processor/roofline.json",
-    "profile": "intel-xeon-processor/profile.json",
+    "roofline_cpu": "amd-epyc/roofline.json",
+    "profile": "amd-epyc/profile.json",
 }
 
 

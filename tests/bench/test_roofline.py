@@ -18,7 +18,7 @@ from dinat_triton.offline.targets import TARGETS
 from dinat_triton.work import FORWARD, LIMITS, Ceilings
 
 CPU = torch.device("cpu")
-RESULTS = harness.FOLDER / "results" / "intel-xeon-processor"
+RESULTS = harness.FOLDER / "results" / "amd-epyc"
 ROUND = Ceilings("measured", "a round machine", 1e10, {"float32": 1e11, "bfloat16": 1e12}, 1e9)
 compiled = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernels are interpreted")
 
