@@ -78,6 +78,7 @@ def test_attentions_follow_the_formula(shape: tuple[int, int], kernel_size: int,
         expected = torch.einsum("hk,khd->hd", logits.softmax(-1), value[0, keys]).flatten()
         torch.testing.assert_close(out[0, token // shape[1], token % shape[1]], expected)
     torch.testing.assert_close(layer(x)[0], out)
+    assert torch.autograd.grad(out.sum(), attention)[0].any()  # the output is computed from it
 
 
 @pytest.mark.parametrize(("patch_size", "channels"), [(2, 3), (8, 1), ((16, 16), 3), ([4, 4], 1)])

@@ -45,8 +45,10 @@ class NeighborhoodAttention(_dinat.NeighborhoodAttention):
         query, key, value = (x.movedim(-2, 1) for x in (query * self.attention_head_size**-0.5, key, value))
         probabilities = self.dropout(scores(query, key, **window, rpb=self.rpb).softmax(-1))
         context = aggregate(probabilities, value, **window).movedim(1, -2).flatten(-2)
-        height, width = hidden_states.shape[1:3]
-        return crop_like(context, hidden_states), probabilities[:, :, :height, :width]
+        shape = hidden_states.shape[1:3]
+        if probabilities.shape[2:4] != shape:  # a slice would not be what the output is computed from
+            probabilities = probabilities[:, :, : shape[0], : shape[1]]
+        return crop_like(context, hidden_states), probabilities
 
 
 class DinatLayer(GradientCheckpointingLayer, _dinat.DinatLayer):
