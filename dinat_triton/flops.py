@@ -57,7 +57,13 @@ def useful_backward(qkv, rpb, seed, out, lse, grad_out, grad_lse, window, *optio
 
 
 # Products over channels of keys and of values, by the form of a kernel.
-PRODUCTS = {"forward": (1, 1), "closed_backward": (3, 2), "query_backward": (2, 1), "key_backward": (2, 2)}
+PRODUCTS = {
+    "forward": (1, 1),
+    "closed_backward": (3, 2),
+    "query_backward": (2, 1),
+    "query_backward bias": (1, 1),  # a pass of its own for the gradient of the bias
+    "key_backward": (2, 2),
+}
 
 
 def evaluated(qkv, rpb, seed, window, *options, **others) -> int:
@@ -96,7 +102,7 @@ def _kernel_sweeps(
         plan = plan_of(problem, name)
         yield plan, PRODUCTS[name]
         if name == "query_backward" and has_bias and plan.largest[1] > plan.chunk:
-            yield plan, (1, 1)  # a pass of its own for the gradient of the bias
+            yield plan, PRODUCTS["query_backward bias"]
 
 
 EVALUATED = {torch.ops.dinat_triton.fused: evaluated, torch.ops.dinat_triton.fused_backward: evaluated_backward}

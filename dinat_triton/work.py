@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dinat_triton.flops import PRODUCTS
 from dinat_triton.layers import Layer
 from dinat_triton.plan import Cost, Plan
 from dinat_triton.tiled import choose_tile
@@ -34,12 +35,12 @@ class Traffic:
 NEEDED = {FORWARD: Traffic(2, 2, 0, 2), BACKWARD: Traffic(3, 4, 0, 5)}
 # The kernels in their forms. `tiled` moves what is needed: its backward reads neither the output nor its sums.
 TRAFFIC = {
-    "forward": Traffic(2, 2, 1, 2),
-    "closed_backward": Traffic(3, 4, 1, 5),
-    "query_backward": Traffic(3, 2, 3, 3),
-    "query_backward chunks": Traffic(4, 2, 3, 3),
-    "query_backward bias": Traffic(2, 2, 2, 2),
-    "key_backward": Traffic(4, 2, 2, 4),
+    "forward": Traffic(2, 2, 1, sum(PRODUCTS["forward"])),
+    "closed_backward": Traffic(3, 4, 1, sum(PRODUCTS["closed_backward"])),
+    "query_backward": Traffic(3, 2, 3, sum(PRODUCTS["query_backward"])),
+    "query_backward chunks": Traffic(4, 2, 3, sum(PRODUCTS["query_backward"])),
+    "query_backward bias": Traffic(2, 2, 2, sum(PRODUCTS["query_backward bias"])),
+    "key_backward": Traffic(4, 2, 2, sum(PRODUCTS["key_backward"])),
 }
 
 

@@ -10,7 +10,9 @@ import triton
 from dinat_triton import cli, na2d
 from dinat_triton.bench import overhead
 from dinat_triton.bench.harness import Results
-from dinat_triton.bench.overhead import HOST, LAUNCHED, MODULE, NA2D, NEW, OP, RECORDED, SEEN
+from dinat_triton.bench.overhead import BACKBONE, HOST, IMAGE, LAUNCHED, MODULE, NA2D, NEW, OP, RECORDED, SEEN
+from dinat_triton.commands.options import find_layers
+from dinat_triton.kernels import attention
 from dinat_triton.work import BACKWARD, FORWARD
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernels are interpreted")
@@ -43,3 +45,13 @@ def test_new_sizes_cost_more_than_known_ones(tmp_path: Path) -> None:
     assert seen.timing
     assert new.timing.calls == seen.timing.calls == 2
     assert new.timing.median > 3 * seen.timing.median
+
+
+def test_a_step_is_the_forward_and_backward_of_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    for name in ("forward", "backward"):
+        real = getattr(attention, name)
+        monkeypatch.setattr(attention, name, lambda *a, name=name, real=real: ran.append(name) or real(*a))
+    with overhead.nothing_launched():
+        overhead.step_of(IMAGE)()
+    assert ran == ["forward", "backward"] * len(find_layers([BACKBONE]))
