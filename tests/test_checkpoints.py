@@ -129,22 +129,6 @@ def test_round_trip_of_other_families(name):
         from_native(tensors, "transformers")
 
 
-def test_names_in_the_authors_files():
-    translated, _ = from_native(small(layer_scale=1.0).state_dict(), "original")
-    shapes = {
-        "patch_embed.proj.0.weight": (16, 3, 3, 3),
-        "levels.1.blocks.1.attn.qkv.weight": (192, 64),
-        "levels.1.blocks.1.attn.rpb": (2, 13, 13),
-        "levels.1.blocks.1.gamma2": (64,),
-        "levels.0.downsample.reduction.weight": (64, 32, 3, 3),
-        "head.weight": (10, 256),
-    }
-    assert {key: tuple(translated[key].shape) for key in shapes} == shapes
-    names, _ = from_native(small(feature_norms=True, num_classes=0).state_dict(), "original")
-    assert {"norm0.weight", "norm3.bias"} < set(names)
-    assert "norm.weight" not in names
-
-
 def test_detection_checkpoint_leaves_the_rest_of_the_detector():
     tensors = small(feature_norms=True, num_classes=0).state_dict()
     detector, _ = from_native(tensors, "detection")

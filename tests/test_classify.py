@@ -112,10 +112,3 @@ def test_weights_of_another_variant(tmp_path, capsys):
     save_state_dict(backbone.state_dict(), tmp_path / "model.pth")
     assert main(["classify", "--weights", str(tmp_path / "model.pth")]) == 2
     assert "it is a backbone" in capsys.readouterr().err
-
-
-def test_class_names():
-    names = classify.class_names(1000)
-    assert (len(names), names[207]) == (1000, "golden retriever")
-    assert len(classify.class_names(21841)) == 21841
-    assert classify.class_names(3)[2] == "class 2"

@@ -141,19 +141,6 @@ def test_malformed_queries_never_break_it(server: Server) -> None:
         assert status in (200, 400, 404)
 
 
-@pytest.mark.parametrize(
-    "line", [b"GET", b"\x00\xff\r\n\r\n", b"GET / HTTP/9\r\n\r\n", b"POST /api/about HTTP/1.1\r\n\r\n", b""]
-)
-def test_malformed_requests_leave_it_running(server: Server, line: bytes, capfd: pytest.CaptureFixture[str]) -> None:
-    with socket.create_connection(("127.0.0.1", server.server_port), timeout=5) as connection:
-        connection.sendall(line)
-        connection.shutdown(socket.SHUT_WR)
-        while connection.recv(4096):
-            pass
-    assert ask(server, "about")[0] == 200
-    assert "Traceback" not in capfd.readouterr().err
-
-
 # The page in a browser
 
 
@@ -253,17 +240,6 @@ def test_page_works_with_the_keyboard(server: Server, browser: Any) -> None:
     page.press("3")
     page.settle()
     assert page.script("return document.body.dataset.view") == "field"
-
-
-def test_page_fills_the_receptive_field(server: Server, browser: Any) -> None:
-    page = Page(browser, f"{server.url}?shape=27&kernel=3&dilation=1&token=13&view=field&dilations=1,3,9&depth=1")
-    assert len(page.tokens()) == 3
-    slide = """const d = form.elements.depth; d.value = 3; map.dataset.state = 'busy';
-        d.dispatchEvent(new Event('input', {bubbles: true}))"""
-    page.script(slide)
-    page.settle()
-    assert len(page.tokens()) == 27
-    assert "100 %" in page.text("readout")
 
 
 def test_page_says_what_is_impossible_and_recovers(server: Server, browser: Any) -> None:

@@ -12,7 +12,6 @@ import triton
 from dinat_triton import cli
 from dinat_triton.kernels.configs import PASSES, Config, choose_config
 from dinat_triton.layers import Layer, layers_of
-from dinat_triton.offline.assembly import Code, exchange, loop_lengths
 from dinat_triton.offline.estimate import estimate, record
 from dinat_triton.offline.inspect import KernelVariant, Report, complaints, inspect, variants_of
 from dinat_triton.offline.targets import TARGETS
@@ -122,31 +121,6 @@ def test_variants_are_those_of_the_backends_launches() -> None:
     assert forward.constants["ROWS"] <= config.rows
     assert forward.options["num_stages"] == config.stages
     assert triton.knobs.runtime.jit_cache_hook is None  # nothing stays changed
-
-
-def test_loops_are_found_by_their_branches() -> None:
-    code = Code(["a", "b", "EX2", "LDS R1", "bra", "STS.64", "bra", "exit"], [(2, 4), (1, 6)])
-    lengths = {"exps": 1, "chunk_length": 3, "item_length": 3, "chunk_exchange": 128, "item_exchange": 256}
-    assert loop_lengths(code, "EX2") == lengths
-    lengths = {"exps": 1, "chunk_length": 2, "item_length": 0, "chunk_exchange": 0, "item_exchange": 0}
-    assert loop_lengths(Code(["a", "EX2"], []), "EX2") == lengths
-
-
-@pytest.mark.parametrize(
-    ("instruction", "moved"),
-    [
-        ("@!P0 LDS.128 R4, [R2]", 512),
-        ("STS [R2], R4", 128),
-        ("LDSM.16.MT88.4 R4, [R2]", 512),
-        ("STSM.16.M88.2 [R2], R4", 256),
-        # A quarter of 64 rows and 32 columns of 16 halves, and of the columns alone.
-        ("HGMMA.64x32x16.F32.BF16 R24, gdesc[UR8], R24, gsb0", 768),
-        ("HGMMA.64x32x16.F32.BF16 R56, R72, gdesc[UR8].tnspB, R56", 256),
-        ("LDGSTS.E.BYPASS.128 [R4], desc[UR4][R2.64]", 0),
-    ],
-)
-def test_what_instructions_exchange_through_shared_memory(instruction: str, moved: int) -> None:
-    assert exchange(instruction) == moved
 
 
 def test_an_estimate_is_the_work_over_the_rates(forward_report: Report) -> None:

@@ -64,15 +64,6 @@ def test_neighborhoods_show_the_geometry(geometry: Geometry) -> None:
         assert tuple(map(text.count, "@#.")) == counts
 
 
-def test_dilations_stand_side_by_side() -> None:
-    figure = plots.plot_dilations((24, 20), 3, (1, 2, 4))
-    for row, query in enumerate(((12, 10), (0, 10), (0, 0))):
-        for column, dilation in enumerate((1, 2, 4)):
-            cells = drawn(figure.axes[3 * row + column])
-            expected = sees(Geometry((24, 20), (3,), (dilation,)))[query[0] * 20 + query[1]]
-            np.testing.assert_array_equal(cells.filled(-1).ravel() > 0, expected)
-
-
 @pytest.mark.parametrize("geometry", GEOMETRIES[1::3])
 def test_pairs_show_the_bias_indices(geometry: Geometry) -> None:
     cells = drawn(plots.plot_pairs(geometry).axes[0])
@@ -131,14 +122,6 @@ def test_downsampling_is_the_models_convolution() -> None:
         np.testing.assert_array_equal(grad[0, 0] > 0, np.outer(layer.links[0][y], layer.links[1][x_out]))
 
 
-def test_growth_draws_the_coverage_of_each_depth() -> None:
-    stacks = {"NAT": rf.dilated_stack((28, 28), 7, [1, 1]), "Swin": rf.swin_stack((28, 28), 7, 3)}
-    lines = plots.plot_growth(stacks).axes[0].get_lines()
-    for line, layers in zip(lines, stacks.values(), strict=True):
-        np.testing.assert_allclose(line.get_ydata(), [field.coverage for field in rf.growth(layers)])
-    assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == 2
-
-
 def test_cone_draws_every_connection_once() -> None:
     layers = rf.dilated_stack((30,), 3, [1, 3])
     figure = plots.plot_cone(layers, (15,))
@@ -184,17 +167,6 @@ def test_costs_are_the_plans() -> None:
 
 
 # Bias and attention
-
-
-@pytest.mark.parametrize("bias_shape", [(5,), (5, 3), (3, 3, 5)])
-def test_bias_is_drawn_head_by_head(bias_shape: tuple[int, ...]) -> None:
-    rpb = torch.randn(3, *bias_shape)
-    figure = plots.plot_bias(rpb)
-    if len(bias_shape) == 1:
-        np.testing.assert_allclose(drawn(figure.axes[0]), rpb)
-        return
-    for head in range(3):
-        np.testing.assert_allclose(unmosaic(drawn(figure.axes[head]), bias_shape), rpb[head])
 
 
 @pytest.mark.parametrize(("size", "dilation", "stride", "causal"), [(12, 2, 1, False), (9, 1, 3, True)])

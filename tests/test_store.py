@@ -127,15 +127,6 @@ def test_a_stale_table_is_ignored_and_replaced(changed: dict, what: str, table: 
     assert quiet(later) == {"b": 2}
 
 
-def test_the_stamp_follows_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "PACKAGE", tmp_path)
-    (tmp_path / "kernel.py").write_text("x = 1")
-    before = store.source_hash(("kernel.py",))
-    assert before == store.source_hash(("kernel.py",))
-    (tmp_path / "kernel.py").write_text("x = 2")
-    assert before != store.source_hash(("kernel.py",))
-
-
 # Where there is no place for them
 
 
@@ -154,18 +145,6 @@ def test_a_write_that_fails_leaves_the_table_as_it_was(table: store.Table, monke
     with pytest.raises(RuntimeError, match="disk full"):
         table.update({"b": 2})
     assert quiet(table) == {"a": 1}
-
-
-def test_no_home_is_no_problem_for_reading(table: store.Table, monkeypatch: pytest.MonkeyPatch) -> None:
-    def homeless() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv(store.ENVIRONMENT)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", homeless)
-    assert quiet(table) == {}
-    with pytest.raises(RuntimeError, match="home"):
-        table.check_writable()
 
 
 # Keys

@@ -9,7 +9,6 @@ import torch
 
 from dinat_triton.bench import harness
 from dinat_triton.bench.harness import Record, Results, Timing
-from dinat_triton.commands.tables import milliseconds
 from dinat_triton.work import FORWARD, Ceilings
 
 PROBLEM = {"name": "dinat_mini@224/7x7-d1", "heads": 16, "batch": 2}
@@ -47,11 +46,6 @@ def test_other_files_are_refused(text: str, message: str, tmp_path: Path) -> Non
     assert str(path) in str(error.value)
 
 
-def test_percentiles_enclose_the_median() -> None:
-    timing = Timing.of([5.0, 1.0, 2.0, 3.0, 4.0, 100.0])
-    assert (timing.p20, timing.median, timing.p80, timing.calls) == (2.0, 3.5, 5.0, 6)
-
-
 def test_calls_take_turns_until_each_had_its_time() -> None:
     order: list[str] = []
     calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
@@ -60,8 +54,3 @@ def test_calls_take_turns_until_each_had_its_time() -> None:
     assert turns >= 4
     # The first call of each turn only warms the caches.
     assert sum(timing.calls for timing in timings.values()) <= len(order) - turns // 2
-
-
-@pytest.mark.parametrize(("ms", "text"), [(0.05312, "0.0531"), (9.996, "10.00"), (53.12, "53.1"), (0, "0")])
-def test_times_have_three_digits(ms: float, text: str) -> None:
-    assert milliseconds(ms) == text

@@ -1,6 +1,5 @@
 """Layers against their peers: the peers compute what we do, or say why not, and the report tells what was found."""
 
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 
 from dinat_triton import cli
 from dinat_triton.bench import layers
-from dinat_triton.bench.harness import TIME_IS_UP, Cell, Record, Results, Timing
+from dinat_triton.bench.harness import Cell, Record, Results, Timing
 from dinat_triton.bench.layers import Bench
 from dinat_triton.bench.peers import PEERS, Attention, Inputs, Peer
 from dinat_triton.layers import Layer
@@ -85,12 +84,6 @@ def test_what_is_wrong_or_fails_is_not_timed_and_stops_nobody(call, reason: str)
     assert found["planted"].timing is None
     assert reason in str(found["planted"].reason)
     assert found["gather"].timing
-
-
-def test_after_the_deadline_nothing_is_begun() -> None:
-    found = measured(WHOLE, FORWARD, PEERS["gather"], deadline=time.monotonic() - 1)
-    assert {record.reason for record in found.values()} == {TIME_IS_UP}
-    assert not any(record.failed for record in found.values())
 
 
 # What is reported

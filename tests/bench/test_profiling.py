@@ -1,15 +1,11 @@
 """Which part of a step takes how long: attribution forward and backward, and shares that add up."""
 
 from collections import Counter
-from types import SimpleNamespace
-from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import timm
 import torch
 from torch import nn
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import dinat_triton  # noqa: F401  (registers the models)
@@ -25,7 +21,6 @@ from dinat_triton.bench.profiling import (
     OTHER,
     OVERHEAD,
     PARTS,
-    Tally,
     record_of,
     shares,
 )
@@ -87,38 +82,3 @@ def test_modules_of_real_models_are_known(name: str) -> None:
     inside = {child for module, part in found.items() if part == CONVOLUTION for child in module.modules()}
     known = (nn.Conv2d, nn.Linear, nn.LayerNorm)
     assert all(module in inside | found.keys() for module in model.modules() if isinstance(module, known))
-
-
-def test_views_are_no_kernels() -> None:
-    assert all(profiling.is_view(f"aten::{name}") for name in ("view", "flatten", "as_strided", "t", "split"))
-    assert not any(profiling.is_view(f"aten::{name}") for name in ("mm", "add_", "copy_", "gelu", "empty", "no_such"))
-
-
-def event(name: str, *children: Any, sequence: int = -1, **kernels: float) -> Any:
-    """What the profiler tells of an operation on a GPU, as far as it is read; kernels by their microseconds."""
-    made = MagicMock(cpu_children=list(children), cpu_parent=None, device_type=DeviceType.CPU, sequence_nr=sequence)
-    made.name, made.thread, made.fwd_thread, made.time_range.start = name, 1, 1, 0.0
-    made.kernels = [SimpleNamespace(name=name.replace("_", ": "), duration=us) for name, us in kernels.items()]
-    for child in children:
-        child.cpu_parent = made
-    return made
-
-
-def test_on_a_gpu_kernels_count_and_idle_time_is_overhead() -> None:
-    attend = event("dinat_triton::fused", event("cuLaunchKernelEx", forward=300.0), sequence=7)
-    # The device has a copy of the scope itself, which is no kernel.
-    scope = event("part: attention", attend, part_attention=900.0)
-    backward = event("autograd::engine::evaluate_function: X", event("aten::mm", k=500.0), sequence=7)
-    events = [scope, event("aten::add", add=100.0), backward, attend, *attend.cpu_children]
-    tally = Tally.of(events, on_gpu=True)
-    assert tally.parts[ATTENTION] == pytest.approx(800e-6)
-    assert tally.parts[OTHER] == pytest.approx(100e-6)
-    assert tally.operations == 3
-    record = record_of({}, ("m", TRAINING, "bfloat16"), [2e-3], [tally])
-    assert record.also["parts_ms"][OVERHEAD] == pytest.approx(1.1)
-
-
-def test_kernels_that_took_longer_than_the_step_are_scaled() -> None:
-    tally = Tally(dict.fromkeys(PARTS, 0.0) | {ATTENTION: 3.0, LINEAR: 1.0}, 2)
-    record = record_of({}, ("m", INFERENCE, "float32"), [2.0, 2.0, 2.0], [tally])
-    assert (record.also["parts_ms"][ATTENTION], record.also["parts_ms"][LINEAR]) == (1500, 500)

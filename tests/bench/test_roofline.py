@@ -79,22 +79,6 @@ def test_a_figure_shows_the_numbers_of_its_file() -> None:
         assert ends == pytest.approx([point.work.limits(results.ceilings, "float32")[limit] for point in points])
 
 
-def test_without_times_every_layer_lies_on_its_roof() -> None:
-    figures.draw(Results.load(RESULTS.parent / "offline" / "roofline-sm_90.json"))
-    for point in roofline.points_in(results_of()):
-        _, (intensity, rate) = figures.marks(point, ROUND)
-        assert rate == pytest.approx(min(intensity * 1e10, 1e11, 1e9 * point.work.flops / point.work.exps))
-
-
-def test_a_profile_is_a_bar_as_long_as_its_step() -> None:
-    results = Results.load(RESULTS / "profile.json")
-    (ax,) = figures.draw(results).axes
-    for row, record in enumerate(results.records):
-        ends = [bar.get_x() + bar.get_width() for bar in ax.patches if round(bar.get_y() + bar.get_height() / 2) == row]
-        assert record.timing
-        assert max(ends) == pytest.approx(record.timing.median, rel=1e-2)
-
-
 # The command
 
 
@@ -106,17 +90,3 @@ def test_a_named_architecture_is_drawn_without_a_gpu(tmp_path: Path, capsys: pyt
         assert "H200 (sm_90), vendor's figures, not measured: copies 4.3 TB/s" in capsys.readouterr().out
     assert "H200" in (tmp_path / "roof.svg").read_text()
     assert {r.problem["batch"] for r in Results.load(tmp_path / "roof.json").records} == {128}
-
-
-def test_results_are_set_against_their_own_ceilings(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    path = tmp_path / "cpu.json"
-    results_of(tiled=10.0, gather=25.0).save(path)
-    assert cli.main(["roofline", "--results", str(path)]) == 0
-    text = capsys.readouterr().out
-    assert "Ceilings of a round machine, measured: copies 10 GB/s" in text
-    row = next(line for line in text.splitlines() if "56x56-d8" in line).split()
-    point = roofline.points_in(Results.load(path))[1]
-    assert row[-3:] == ["10000.0", f"{point.bound(ROUND)[1] / 0.01:.0%}", "2.5"]
-    results_of(tiled=1e-3).save(path)
-    cli.main(["roofline", "--results", str(path)])
-    assert "faster than its bound" in capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -163,13 +163,6 @@ def test_without_a_gpu_the_estimate_decides_for_the_passes_that_a_layer_has() ->
     }  # fmt: skip
     assert {row.choice.warps for row in found.rows} == {2}
     assert all(row.after < row.before for row in found.rows)
-
-
-def test_what_is_in_use_and_must_not_ship_is_named() -> None:
-    configs.user_table("sm_90").update({"forward/32/16": asdict(Config(warps=2))})
-    configs.forget_tables()
-    found = search([DENSE], submit=spilling(2))
-    assert any("forward Config(" in each and "which is in use: spills" in each for each in found.wrong)
 
 
 # The budget

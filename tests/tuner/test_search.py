@@ -90,13 +90,6 @@ def test_what_one_search_leaves_the_next_ones_share() -> None:
     assert shares == pytest.approx([4, 5.5, 5])
 
 
-def test_layers_beyond_the_budget_are_named() -> None:
-    time, found = Time(), search.Found()
-    for _ in search.layer_by_layer([layer(7), layer(14), layer(28)], Budget(10, time), found):
-        time.now += 6
-    assert found.unreached == [layer(28)]
-
-
 @pytest.mark.parametrize("seconds", [0, math.inf, math.nan])
 def test_a_budget_is_positive_and_ends(seconds: float) -> None:
     with pytest.raises(ValueError, match="positive number of seconds"):
@@ -122,9 +115,3 @@ def test_over_all_layers_the_weighted_sum_counts() -> None:
     together = search.combined(races)
     assert together.seconds == {"default": [11.0], "a": [10.5], "b": [20.1]}
     assert together.winner("default", 1) == "a"
-
-
-def test_a_shortlist_leaves_out_what_is_rejected() -> None:
-    predicted = {"a": 3.0, "spills": Rejection("spills"), "b": 1.0, "c": 2.0}
-    assert search.shortlist(predicted, 2) == ["b", "c"]
-    assert search.shortlist(predicted, 9) == ["b", "c", "a"]

@@ -7,13 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import triton
 
 from dinat_triton import cli, store, tiled
 from dinat_triton.kernels import configs
 from dinat_triton.kernels.configs import Config, rule
 from dinat_triton.layers import Layer, layers_of
-from dinat_triton.tuner import kernel_search, tile_search
+from dinat_triton.tuner import kernel_search
 from dinat_triton.tuner.layer_run import LayerRun
 from dinat_triton.tuner.search import Budget, Found, Rejection, Row
 from dinat_triton.tuner.tile_search import CONSTANTS, Sample, Tile, fit, losses, tune_tiles
@@ -148,27 +147,6 @@ def test_modelled_configs_are_used_and_exported(tmp_path: Path, monkeypatch: pyt
     configs.forget_tables()
     # What only says what the rule says is left out, and sm_89 is like sm_80.
     assert configs.load_table("sm_89") == {key: config for key, config in planted.items() if "key" not in key}
-
-
-@pytest.mark.skipif(torch.cuda.is_available() or triton.knobs.runtime.interpret, reason="a GPU, or no compiler")
-def test_without_a_gpu_tiles_are_measured_and_kernels_modelled_in_half_the_budget_each(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    left = {}
-
-    def tiles(layers, dtype, budget: Budget):
-        left["cpu"] = budget.left
-        return Found(unreached=[LAYER]), []
-
-    def kernels(layers, dtype, target, budget: Budget, device, **options):
-        left[target.name] = budget.left
-        return Found(), (0, 0)
-
-    monkeypatch.setattr(tile_search, "tune_tiles", tiles)
-    monkeypatch.setattr(kernel_search, "tune_kernels", kernels)
-    assert run("--budget", "100") == 1
-    assert left["cpu"] == pytest.approx(50, abs=0.1)
-    assert left["sm_90"] > 95  # the tiles took no time
 
 
 def test_an_unwritable_cache_is_said_before_anything_is_tuned(
