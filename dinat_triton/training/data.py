@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,11 +16,12 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from dinat_triton.training import shards
 from dinat_triton.training.recipe import Recipe
 
 NAMED = ("hfds/", "torch/")  # DATA that is a name for timm, not a path
-STREAMS = ("hfids/", "tfds/", "wds/")
-SPLITS = ("train", "training", "val", "valid", "validation", "eval", "evaluation")  # folders that timm knows
+SHARDS = "wds/"  # before a folder of shards
+STREAMS = ("hfids/", "tfds/")
 
 
 def seed_from(*numbers: int) -> int:
@@ -101,15 +103,36 @@ def open_split(recipe: Recipe, training: bool, class_map: Any = None) -> Any:
         return digits(validation=not training)
     if data.startswith(STREAMS):
         raise ValueError(
-            f"DATA cannot be a stream, which has no place to resume from, got {data!r}: use hfds/, or a folder"
+            f"DATA cannot be a stream, which has no place to resume from, got {data!r}: use hfds/, wds/ or a folder"
         )
+    if data.startswith(SHARDS):
+        return open_shards(data.removeprefix(SHARDS), split)
     if data.startswith(NAMED):
         return create_dataset(data, root=recipe.data_dir, split=split)
     if not Path(data).exists():
-        raise ValueError(f"DATA must be a folder or .tar of images, hfds/..., torch/... or digits, got {data!r}")
+        raise ValueError(
+            f"DATA must be a folder or .tar of images, wds/, hfds/ or torch/ and a name, or digits, got {data!r}"
+        )
     if Path(data).is_file() and Path(data).suffix != ".tar":
         raise ValueError(f"DATA must be a folder or a .tar where it is a path, got the file {data!r}")
     return create_dataset("", root=data, split=split, class_map=class_map)
+
+
+def open_shards(folder: str, split: str) -> shards.Shards:
+    """The images of a split of a WebDataset on disk."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"DATA must be wds/ and a folder of .tar shards, got wds/{folder}: there is no such folder")
+    paths = shards.find(folder, split)
+    if not paths:
+        names = ", ".join(path.name for path in sorted(Path(folder).glob("*.tar"))[:3]) or "none"
+        raise ValueError(f"wds/{folder} has no shards of the split {split!r}: it holds {names}")
+    try:
+        images = shards.Shards(paths)
+    except (tarfile.TarError, ValueError) as error:
+        raise ValueError(f"a shard of wds/{folder} cannot be read: {error}") from error
+    if not len(images):
+        raise ValueError(f"wds/{folder} has no KEY.jpg, .png or .webp with a KEY.cls beside it in {paths[0].name}")
+    return images
 
 
 def load_validation(recipe: Recipe) -> tuple[Samples, list[str]]:
@@ -142,9 +165,11 @@ def load(recipe: Recipe) -> tuple[Samples, Samples, list[str]]:
 def _has_splits(recipe: Recipe) -> bool:
     """Whether other images are there to validate on; timm takes the same ones where a folder has no splits."""
     path = Path(recipe.data)
+    if recipe.data.startswith(SHARDS):
+        return bool(shards.find(recipe.data.removeprefix(SHARDS), recipe.val_split))
     if recipe.data == "digits" or recipe.data.startswith(NAMED):
         return True
-    return path.is_dir() and any((path / name).is_dir() for name in (recipe.val_split, *SPLITS))
+    return path.is_dir() and any((path / name).is_dir() for name in {recipe.val_split}.union(*shards.SPLITS))
 
 
 def class_names(images: Any, recipe: Recipe) -> list[str]:

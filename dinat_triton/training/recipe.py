@@ -29,7 +29,7 @@ class Recipe:
     """Options of a run, named as in timm's train.py where it has them. A resume may change those that are `free`."""
 
     data: str = _of(
-        str, "digits", "a folder or .tar of images, what timm's create_dataset names hfds/... or torch/..., or digits"
+        str, "digits", "a folder or .tar of images, wds/FOLDER of shards, timm's hfds/... or torch/..., or digits"
     )
     data_dir: str | None = _of(str, None, "root folder of a data set that DATA names")
     train_split: str = _of(str, "train", "name of the split to learn from")

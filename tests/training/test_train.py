@@ -1,8 +1,10 @@
 """`dinat-triton train`: what it writes, what it starts from and what it refuses."""
 
 import csv
+import io
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,8 @@ from safetensors.torch import load_file
 from timm.data import auto_augment
 
 from dinat_triton.cli import main
-from dinat_triton.training import beat, checkpoint, recipe
+from dinat_triton.commands.inputs import picture
+from dinat_triton.training import beat, checkpoint, recipe, shards
 from dinat_triton.training.engine import Engine
 
 from .conftest import SMALL
@@ -126,6 +129,28 @@ def test_broken_images_are_left_out_and_counted(train, pictures: Path, tmp_path:
     assert "1 images cannot be read, more than --max-broken 0, such as" in error_of(capsys)
 
 
+def test_shards_are_images_in_any_order(train, pictures: Path, tmp_path: Path, capsys) -> None:
+    files = [sorted(pictures.glob("*/*.png"))[i] for i in torch.randperm(48)]
+    classes = ["blue", "green", "red"]
+    for number, split in enumerate(("train", "train", "train", "val")):
+        with tarfile.open(tmp_path / f"pictures-{split}-{number}.tar", "w") as shard:
+            for key, path in enumerate(files[number * 12 : number * 12 + 12]):
+                label = str(classes.index(path.parent.name)).encode()
+                for ending, data in (("json", b"{}"), ("cls", label), ("png", path.read_bytes())):
+                    member = tarfile.TarInfo(f"a/{key:04}.{ending}")
+                    member.size = len(data)
+                    shard.addfile(member, io.BytesIO(data))
+    images = shards.Shards(shards.find(str(tmp_path), "train"))
+    for index in torch.randperm(36).tolist():
+        image, label = images[index]
+        assert image.tobytes() == picture(files[index]).tobytes()
+        assert label == classes.index(files[index].parent.name)
+    assert train(tmp_path / "run", "--epochs 1 --workers 1", f"wds/{tmp_path}") == 0
+    assert "36 images of 3 classes to learn, 12 to validate" in capsys.readouterr().out
+    assert train(tmp_path / "other", "--train-split test", f"wds/{tmp_path}") == 2
+    assert "has no shards of the split 'test': it holds pictures-train-0.tar" in error_of(capsys)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -147,7 +172,8 @@ def test_broken_images_are_left_out_and_counted(train, pictures: Path, tmp_path:
         ("--out {file}/run", "there is no folder"),
         ("--log-with nonsense", "--log-with nonsense is not installed"),
         ("{nothing}", "DATA must be a folder or .tar of images"),
-        ("wds/images", "DATA cannot be a stream"),
+        ("tfds/images", "DATA cannot be a stream"),
+        ("wds/images", "there is no such folder"),
         ("{empty}", "Found 0 images"),
         ("{single}", "has images of 1 class, and nothing to tell apart"),
     ],
