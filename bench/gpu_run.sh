@@ -99,7 +99,7 @@ for tool in memcheck racecheck; do
         skip "$tool" "no compute-sanitizer here"
         continue
     fi
-    part "$tool" 30 "${sanitized[@]}" "${pytest[@]}" tests/gpu/test_small.py
+    part "$tool" 30 "${sanitized[@]}" "${pytest[@]}" tests/gpu -k test_every_kernel_once
 done
 part tune 58 "${compiled[@]}" "${command[@]}" tune "${where[@]}" "${tune[@]}"
 part layers 88 "${compiled[@]}" "${command[@]}" bench layers "${where[@]}" "${layers[@]}" --backward \

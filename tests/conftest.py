@@ -8,6 +8,7 @@ import torch
 
 import dinat_triton as dt
 from dinat_triton import store
+from dinat_triton.tuner import layer_run
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -37,16 +38,10 @@ def _no_backend_chosen() -> None:
 
 
 @pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fills new uninitialised floating tensors with NaN: an output that nobody wrote cannot pass for a result."""
-    empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
-
-    def poison(x: torch.Tensor) -> torch.Tensor:
-        return x.fill_(torch.nan) if x.is_floating_point() and x.device.type != "meta" else x
-
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+def poisoned() -> Iterator[None]:
+    """New uninitialised floating tensors hold NaN: an output that nobody wrote cannot pass for a result."""
+    with layer_run.poisoned():
+        yield
 
 
 @pytest.fixture

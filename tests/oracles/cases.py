@@ -43,7 +43,7 @@ class Case:
         return dict(zip(names, (out.detach(), lse.detach(), *grads), strict=False))
 
 
-def make_case(sample: Sample, rng: random.Random, **options) -> Case:
+def make_case(sample: Sample, rng: random.Random, device: str = "cpu", **options) -> Case:
     """Sizes differ from each other, so that a mixed-up axis cannot go unseen."""
     kv_heads = rng.choice([1, 2])
     heads = options.pop("heads", kv_heads * rng.choice([1, 1, 2]))
@@ -52,7 +52,7 @@ def make_case(sample: Sample, rng: random.Random, **options) -> Case:
     lead = (options.pop("batch", rng.choice([1, 2])), *sample.shape)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=torch.float64)
+        return torch.randn(shape, dtype=torch.float64, device=device)
 
     leaves = [normal(*lead, heads, dim), normal(*lead, kv_heads, dim), normal(*lead, kv_heads, value_dim)]
     if options.pop("biased", rng.random() < 0.85):
