@@ -1,6 +1,8 @@
 """Dilated neighborhood attention with its relative positional bias, without a CUDA build."""
 
 import warnings
+from importlib import import_module
+from types import ModuleType
 
 from dinat_triton import flops  # noqa: F401  (registers what the ops count as)
 from dinat_triton.dispatch import use_backend
@@ -15,6 +17,14 @@ try:
 except ImportError as error:
     # Attention itself needs torch alone, and machines for measuring kernels often have no timm, or an old one.
     warnings.warn(f"the models are not registered: they need timm >= 1.0.31 ({error})", stacklevel=2)
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Sharded maps; torch.distributed is imported only when they are asked for."""
+    if name == "distributed":
+        return import_module("dinat_triton.distributed")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "Geometry",

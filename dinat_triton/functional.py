@@ -42,6 +42,11 @@ def attend(
     return na(qkv, window, rpb, scale, dropout_p, return_lse, current_backend() if backend is None else backend)
 
 
+def _is_sharded(*tensors: Tensor | None) -> bool:
+    """Whether any is a DTensor, asked without importing what defines them."""
+    return any([type(x) is not Tensor and hasattr(x, "device_mesh") for x in tensors])
+
+
 def _public(rank: int):
     """The public function of a rank. All three are this one."""
 
@@ -64,6 +69,12 @@ def _public(rank: int):
             options: dict[str, Any] = {"stride": stride, "dilation": dilation, "is_causal": is_causal, "rpb": rpb}
             options |= {"scale": scale, "dropout_p": dropout_p, "return_lse": return_lse, "backend": backend}
             return handle_torch_function(na, (query, key, value, rpb), query, key, value, kernel_size, **options)
+        if _is_sharded(query, key, value, rpb):
+            from dinat_triton.distributed import dtensors
+
+            rest = {"rpb": rpb, "scale": scale, "dropout_p": dropout_p, "return_lse": return_lse, "backend": backend}
+            out, lse = dtensors.na(rank, query, key, value, kernel_size, stride, dilation, is_causal, **rest)
+            return out if lse is None else (out, lse)
         for name, x in (("query", query), ("key", key), ("value", value)):
             check_rank(name, x, rank)
         window = window_of(rank, kernel_size, stride, dilation, is_causal)

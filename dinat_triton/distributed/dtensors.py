@@ -1,0 +1,163 @@
+"""`na1d`, `na2d` and `na3d` on DTensors: which placements they take, and what each rank then computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from dinat_triton.checks import check_dropout, check_rank, check_rpb, check_scale, check_tensors
+from dinat_triton.distributed.agreement import agree
+from dinat_triton.distributed.attention import Cut, attend
+from dinat_triton.distributed.gradients import shared
+from dinat_triton.distributed.shares import chunks
+from dinat_triton.functional import window_of
+from dinat_triton.geometry import geometry_of
+
+
+@torch.compiler.disable
+def na(
+    rank: int, query: Any, key: Any, value: Any, *window: Any, rpb: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attends on DTensors that are sharded alike, over batch, map axes or heads. So are the outputs.
+
+    rank: Axes of the map.
+    query, key, value, rpb: As the public functions have them.
+    window: kernel_size, stride, dilation and is_causal.
+    options: The other arguments of the public functions.
+    """
+    tensors = {"query": query, "key": key, "value": value}
+    if rpb is not None:
+        tensors["rpb"] = rpb
+    mesh = next(x.device_mesh for x in tensors.values() if isinstance(x, DTensor))
+    names = ("kernel_size", "stride", "dilation", "is_causal")
+    alike = [*((name, _form(x)) for name, x in tensors.items()), *zip(names, map(str, window), strict=True)]
+    local = tuple(_local_shape(x) for x in tensors.values() if isinstance(x, DTensor))
+    agree(mesh, (*alike, *options.items()), local, _problem(rank, tensors, mesh, window, options))
+    geometry = geometry_of(tuple(query.shape[1 : 1 + rank]), tuple(window_of(rank, *window)))
+    local_rpb = None if rpb is None else _local_bias(rpb, query, rank)
+    q, k, v = (x.to_local() for x in (query, key, value))
+    out, lse = attend(q, k, v, geometry, _cuts(query, rank), local_rpb, **options)
+    outs = _distributed(out, query, (*query.shape[:-1], value.shape[-1]))
+    return outs, _distributed(lse, query, tuple(query.shape[:-1])) if options["return_lse"] else None
+
+
+def _form(x: Any) -> str:
+    """What of a tensor has to be alike on every rank."""
+    if not isinstance(x, Tensor):
+        return type(x).__name__
+    placements = f" {x.placements} on a mesh of {tuple(x.device_mesh.shape)}" if isinstance(x, DTensor) else ""
+    return f"{tuple(x.shape)} {x.dtype}{placements}"
+
+
+@torch.no_grad()
+def _local_shape(x: DTensor) -> tuple[int, ...]:
+    return tuple(x.to_local().shape)
+
+
+def _problem(
+    rank: int, tensors: dict[str, Any], mesh: DeviceMesh, window: tuple[Any, ...], options: dict[str, Any]
+) -> Exception | None:
+    """What is wrong with a call, kept so that all ranks can raise it."""
+    try:
+        query, key, value = (tensors[name] for name in ("query", "key", "value"))
+        for name in ("query", "key", "value"):
+            check_rank(name, tensors[name], rank)
+            _check_dtensor(name, tensors[name], query, mesh)
+        check_tensors(query, key, value)
+        check_scale(options["scale"])
+        check_dropout(options["dropout_p"])
+        flat = window_of(rank, *window)
+        geometry = geometry_of(tuple(query.shape[1 : 1 + rank]), tuple(flat))
+        _check_placements(query, key, rank)
+        if "rpb" in tensors:
+            check_rpb(tensors["rpb"], query, geometry)
+            _check_bias(tensors["rpb"], query, mesh, rank)
+    except (ValueError, TypeError) as error:
+        return error
+    return None
+
+
+def _check_dtensor(name: str, x: Tensor, query: Tensor, mesh: DeviceMesh) -> None:
+    if not isinstance(x, DTensor):
+        raise TypeError(f"{name} must be a DTensor, as other arguments are, got a {type(x).__name__}")
+    if x.device_mesh != mesh:
+        raise ValueError(f"{name} must be on the mesh of the other DTensors, {mesh}, got {x.device_mesh}")
+    if isinstance(query, DTensor) and x.placements != query.placements:
+        raise ValueError(f"{name} must have the placements of query, {query.placements}, got {x.placements}")
+    expected = list(x.shape)
+    for dim, placement in enumerate(x.placements):
+        if type(placement) is Shard:
+            pieces = chunks(expected[placement.dim], mesh.size(dim))
+            expected[placement.dim] = len(pieces[mesh.get_local_rank(dim)])
+    if _local_shape(x) != tuple(expected):
+        raise ValueError(
+            f"{name} must have a local part of shape {tuple(expected)}, as torch.chunk cuts {tuple(x.shape)}, "
+            f"got {_local_shape(x)}"
+        )
+
+
+def _check_placements(query: DTensor, key: Tensor, rank: int) -> None:
+    shards: list[int] = []
+    for dim, placement in enumerate(query.placements):
+        if type(placement) is not Replicate and type(placement) is not Shard:
+            raise ValueError(f"query must be placed by Shard or Replicate, got {placement}")
+        if type(placement) is Shard:
+            ranks, at = query.device_mesh.size(dim), placement.dim % query.ndim
+            if at == query.ndim - 1:
+                raise ValueError(f"query must not be sharded over the channels of its heads, got {placement}")
+            if at == rank + 1 and key.shape[at] % ranks != 0:
+                raise ValueError(f"key must have a multiple of {ranks} heads to be sharded, got {key.shape[at]}")
+            if at > 0 and at in shards:
+                raise ValueError(f"query must not be sharded twice over axis {at}: flatten these mesh dimensions")
+            shards.append(at)
+
+
+def _check_bias(rpb: Tensor, query: DTensor, mesh: DeviceMesh, rank: int) -> None:
+    if not isinstance(rpb, DTensor):
+        return
+    if rpb.device_mesh != mesh:
+        raise ValueError(f"rpb must be on the mesh of query, {mesh}, got {rpb.device_mesh}")
+    for placement, of_query in zip(rpb.placements, query.placements, strict=True):
+        with_heads = placement == Shard(0) and of_query == Shard(rank + 1)
+        if type(placement) is not Replicate and not with_heads:
+            raise ValueError(
+                f"rpb must be replicated, or sharded over its heads where query is over its own, got {rpb.placements} "
+                f"with query's {query.placements}"
+            )
+
+
+def _cuts(query: DTensor, rank: int) -> tuple[Cut | None, ...]:
+    """How each map axis is sharded."""
+    mesh = query.device_mesh
+    cuts: list[Cut | None] = [None] * rank
+    for dim, placement in enumerate(query.placements):
+        if isinstance(placement, Shard) and 1 <= placement.dim <= rank:
+            cuts[placement.dim - 1] = Cut(mesh.get_group(dim), mesh.size(dim), mesh.get_local_rank(dim))
+    return tuple(cuts)
+
+
+def _local_bias(rpb: Tensor, query: DTensor, rank: int) -> Tensor:
+    """The bias of the local heads. Its gradient is summed over the ranks whose queries it serves."""
+    mesh = query.device_mesh
+    own = rpb.placements if isinstance(rpb, DTensor) else (Replicate(),) * mesh.ndim
+    local = rpb.to_local() if isinstance(rpb, DTensor) else rpb
+    serves = [dim for dim, p in enumerate(query.placements) if isinstance(p, Shard) and isinstance(own[dim], Replicate)]
+    groups: list[dist.ProcessGroup] = [mesh.get_group(dim) for dim in serves]
+    local = shared(local, groups)
+    for dim in serves:
+        if query.placements[dim] == Shard(rank + 1):
+            heads = len(local) // mesh.size(dim)
+            local = local.narrow(0, heads * mesh.get_local_rank(dim), heads)
+    return local
+
+
+def _distributed(x: Tensor, like: DTensor, shape: tuple[int, ...]) -> DTensor:
+    """A local part as a DTensor that is sharded like another."""
+    stride = torch.empty(shape, device="meta").stride()
+    mesh, placements = like.device_mesh, like.placements
+    return DTensor.from_local(x, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)

@@ -1,0 +1,146 @@
+"""What each rank computes along one sharded axis, and which positions of the axis it has to read for that.
+
+A rank's share is a small axis of its own, so that any backend can attend on it: its windows are those of the whole axis
+for every query that counts. The tokens of a share are a comb of the axis, runs of neighboring residue classes taken
+every `dilation` positions. Two combs serve:
+
+* "halo": the rank's own queries, and around them everything that their windows reach;
+* "classes": whole residue classes, all of their queries. Residue classes never mix, so they need no halo.
+
+A share may hold tokens that no window reaches; their keys are zeros. Outputs of queries that do not count are dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+
+from dinat_triton.geometry import Axis, IntArray
+
+WHOLE, HALO, CLASSES = "whole", "halo", "classes"
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """A rank's part of an axis.
+
+    Attributes:
+        axis: The small axis. Its size is 0 where the rank has nothing to do.
+        positions: `[axis.size]`: where its tokens lie on the whole axis, ascending.
+        queries: Tokens whose outputs count, as a range.
+        needed: Positions whose keys are read, ascending.
+    """
+
+    axis: Axis
+    positions: IntArray
+    queries: range
+    needed: IntArray
+
+    @property
+    def owned(self) -> IntArray:
+        """Positions of the queries that count."""
+        return self.positions[self.queries.start : self.queries.stop]
+
+    @property
+    def slots(self) -> IntArray:
+        """`[needed]`: the share's token at each needed position."""
+        return np.searchsorted(self.positions, self.needed)
+
+
+def chunks(size: int, ranks: int) -> list[IntArray]:
+    """Positions that each rank owns, as DTensor cuts an axis: equal parts, but for the last ones."""
+    part = -(-size // ranks)
+    return [np.arange(min(rank * part, size), min((rank + 1) * part, size)) for rank in range(ranks)]
+
+
+@lru_cache(maxsize=512)
+def shares(axis: Axis, ranks: int, scheme: str) -> tuple[Share, ...]:
+    """The shares of all ranks."""
+    if scheme == CLASSES:
+        dealt = np.array_split(np.arange(axis.dilation), ranks)
+        return tuple(class_share(axis, residues) for residues in dealt)
+    return tuple(halo_share(axis, own) for own in chunks(axis.size, ranks))
+
+
+def class_share(axis: Axis, residues: IntArray) -> Share:
+    """The share of a rank that computes some neighboring residue classes."""
+    positions = np.flatnonzero(np.isin(np.arange(axis.size) % axis.dilation, residues))
+    return Share(_small(axis, len(positions), len(residues)), positions, range(len(positions)), positions)
+
+
+def halo_share(axis: Axis, own: IntArray) -> Share:
+    """The share of a rank that computes a run of queries."""
+    if len(own) == 0:
+        return Share(_small(axis, 0, 1), own, range(0), own)
+    needed, last_leader = _reach(axis, own)
+    start, run = int(own[0]), min(len(own), axis.dilation)
+    if axis.stride > 1 and start % axis.dilation + run > axis.dilation:
+        run = axis.dilation
+    if axis.stride > 1 and run == axis.dilation:
+        start -= start % axis.dilation  # all residue classes of the comb begin at one class index
+    comb = _Comb(axis, start, run)
+    first = int(comb.slot(min(needed[0], own[0])))
+    stop = int(comb.slot(np.maximum(last_leader, max(needed[-1], own[-1])).max())) + 1
+    first, stop = comb.widened(first, stop)
+    positions = comb.position(np.arange(first, stop))
+    query = int(comb.slot(own[0])) - first
+    return Share(_small(axis, stop - first, run), positions, range(query, query + len(own)), needed)
+
+
+def _small(axis: Axis, size: int, dilation: int) -> Axis:
+    return replace(axis, size=size, dilation=max(dilation, 1))
+
+
+def _reach(axis: Axis, queries: IntArray) -> tuple[IntArray, IntArray]:
+    """Positions that some queries see, ascending, and that of the last query of each one's stride group."""
+    index, residue = np.divmod(queries, axis.dilation)
+    length = -((residue - axis.size) // axis.dilation)
+    start, end = np.empty_like(index), np.empty_like(index)
+    for n in np.unique(length):
+        windows = axis.windows(int(n))
+        of_length = length == n
+        start[of_length], end[of_length] = (bound[index[of_length]] for bound in windows)
+    seen = np.zeros(axis.size, dtype=bool)
+    for step in range(int((end - start).max())):
+        member = start + step
+        seen[(member * axis.dilation + residue)[member < end]] = True
+    group_end = np.minimum(index // axis.stride * axis.stride + axis.stride, length) - 1
+    return np.flatnonzero(seen), group_end * axis.dilation + residue
+
+
+@dataclass(frozen=True)
+class _Comb:
+    """Runs of `run` positions of an axis, one every `dilation`; `start` begins one. Slots number them from there."""
+
+    axis: Axis
+    start: int
+    run: int
+
+    def position(self, slot: IntArray) -> IntArray:
+        row, offset = np.divmod(slot, self.run)
+        return self.start + row * self.axis.dilation + offset
+
+    def slot(self, position: IntArray) -> IntArray:
+        row, offset = np.divmod(position - self.start, self.axis.dilation)
+        return row * self.run + offset
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """Slots of the whole axis."""
+        rows = self.axis.size // self.axis.dilation + 1
+        slots = np.arange(-rows * self.run, rows * self.run)
+        inside = slots[(self.position(slots) >= 0) & (self.position(slots) < self.axis.size)]
+        return int(inside[0]), int(inside[-1]) + 1
+
+    def widened(self, first: int, stop: int) -> tuple[int, int]:
+        """Slots from the beginning of a stride group, and enough of them for a window."""
+        least, most = self.ends
+        stop = min(max(stop, first + self.axis.kernel * self.run), most)
+        first = max(min(first, stop - self.axis.kernel * self.run), least)
+        if self.axis.stride > 1:
+            row = first // self.run
+            row -= (row + self.start // self.axis.dilation) % self.axis.stride
+            first = max(row * self.run, least)
+        return first, stop

@@ -1,0 +1,204 @@
+"""Maps sharded over processes against the whole map in one: outputs, gradients, bytes and errors."""
+
+import os
+import random
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.multiprocessing.spawn import start_processes
+
+import dinat_triton as dt
+from dinat_triton.distributed.shares import CLASSES, HALO, chunks, shares
+from dinat_triton.geometry import Axis
+from tests.oracles.cases import NA, Case, make_case
+from tests.oracles.sampling import sample
+
+TIMEOUT = timedelta(seconds=60)  # of a collective that some rank does not join: nothing here may hang
+MESHES = [(2,), (3,), (4,), (2, 2)]
+
+
+def spawn(program: Callable[..., None], folder: Path, ranks: int = 4, timeout: timedelta = TIMEOUT) -> None:
+    # Forked, because new processes would take longer to import torch than for all else.
+    start_processes(joined, (ranks, f"file://{folder}/store", timeout, program), nprocs=ranks, start_method="fork")
+
+
+def joined(rank: int, ranks: int, store: str, timeout: timedelta, program: Callable[[], None]) -> None:
+    torch.set_num_threads(1)  # OpenMP's threads do not live on in a forked process
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timeout)
+    program()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("scheme", [HALO, CLASSES])
+def test_windows_of_a_share_are_those_of_the_map(scheme: str) -> None:
+    rng = random.Random(0)
+    for _ in range(400):
+        one, ranks = sample(rng, 1, max_tokens=60), rng.randint(1, 9)
+        axis = Axis(one.shape[0], one.kernel_size[0], one.dilation[0], one.stride[0], one.is_causal[0])
+        parts = shares(axis, ranks, scheme)
+        assert sorted(p for part in parts for p in part.owned) == list(range(axis.size))
+        for part in parts:
+            seen = [axis.seen_at(int(position)).tolist() for position in part.owned]
+            assert [part.positions[part.axis.seen_at(query)].tolist() for query in part.queries] == seen
+            assert part.needed.tolist() == sorted({key for window in seen for key in window})
+
+
+class Counted:
+    """Bytes that this rank receives in all_to_all_single."""
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.received = 0
+        self.swap = dist.all_to_all_single
+        patch.setattr(dist, "all_to_all_single", self)
+
+    def __call__(self, output: Tensor, *args, **kwargs):
+        self.received += output.nbytes
+        return self.swap(output, *args, **kwargs)
+
+
+def random_case(rng: random.Random, mesh: DeviceMesh) -> tuple[Case, list[Placement]]:
+    rank = rng.randint(max(1, mesh.ndim - 1), 3)
+    case = make_case(sample(rng, rank), rng)
+    dims = [*range(1, rank + 1)] * 3 + [0] + [rank + 1] * (rank == 1 and case.leaves[1].shape[-2] % mesh.size(0) == 0)
+    cut: list[int] = []
+    while len(cut) < mesh.ndim:
+        cut += {rng.choice(dims)} - set(cut)
+    if rank + 1 in cut and case.leaves[1].shape[-2] % mesh.size(cut.index(rank + 1)) != 0:
+        cut = [1 if dim == rank + 1 else dim for dim in cut]
+    return case, [Shard(dim) for dim in cut]
+
+
+def run_sharded(case: Case, mesh: DeviceMesh, placements: list[Placement], backend: str) -> dict[str, Tensor]:
+    """What `Case.run` gives, from ranks that have parts."""
+    of_bias = [Shard(0) if p == Shard(case.sample.rank + 1) else Replicate() for p in placements]
+    leaves = [
+        distribute_tensor(x, mesh, of_bias if i == 3 else placements, src_data_rank=None).requires_grad_()
+        for i, x in enumerate(case.leaves)
+    ]
+    options = case.sample.kwargs() | {"scale": case.scale, "rpb": leaves[3] if len(leaves) == 4 else None}
+    out, lse = NA[case.sample.rank](*leaves[:3], **options, return_lse=True, backend=backend)
+    upstream = [distribute_tensor(x, mesh, placements, src_data_rank=None) for x in (case.grad_out, case.grad_lse)]
+    grads = torch.autograd.grad([out, lse], leaves, upstream)
+    names = ("out", "lse", "grad_query", "grad_key", "grad_value", "grad_rpb")
+    return {name: x.full_tensor() for name, x in zip(names, (out.detach(), lse.detach(), *grads), strict=False)}
+
+
+def foreseen(case: Case, mesh: DeviceMesh, placements: list[Placement]) -> int:
+    """Bytes that this rank is to receive in a forward."""
+    sample, ranks, at = case.sample, [1] * case.sample.rank, [0] * case.sample.rank
+    query, key, value = case.leaves[:3]
+    counts = {"batch": len(query), "heads": query.shape[-2], "kv_heads": key.shape[-2]}
+    for dim, placement in enumerate(placements):
+        n, mine = mesh.size(dim), mesh.get_local_rank(dim)
+        if placement == Shard(0):
+            counts["batch"] = len(chunks(len(query), n)[mine])
+        elif placement == Shard(sample.rank + 1):
+            counts["heads"], counts["kv_heads"] = counts["heads"] // n, counts["kv_heads"] // n
+        else:
+            ranks[placement.dim - 1], at[placement.dim - 1] = n, mine
+    geometry = dt.Geometry(sample.shape, sample.kernel_size, sample.dilation, sample.stride, sample.is_causal)
+    counts |= {"dim": query.shape[-1], "value_dim": value.shape[-1]}
+    cost = dt.distributed.cost(geometry, ranks, **counts, dtype=torch.float64, return_lse=True)
+    return int(cost.received[tuple(at)])
+
+
+def compare(cases: int, first: int) -> None:
+    meshes = [DeviceMesh("cpu", torch.arange(prod(shape)).view(shape)) for shape in MESHES]
+    for number in range(first, first + cases):
+        rng = random.Random(number)
+        torch.manual_seed(number)
+        mesh = meshes[number % len(meshes)]
+        case, placements = random_case(rng, mesh)
+        if mesh.get_coordinate() is None:
+            continue
+        expected = case.run("reference", torch.float64)
+        with pytest.MonkeyPatch.context() as patch:
+            counted = Counted(patch)
+            results = run_sharded(case, mesh, placements, "reference" if number % 3 else "tiled")
+        for name, value in results.items():
+            what = f"{name}, {case.sample}, {placements}"
+            torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-9, msg=f"{what}: {{}}".format)
+        received = torch.tensor([counted.received, foreseen(case, mesh, placements)])
+        for dim in range(mesh.ndim):
+            dist.all_reduce(received, group=mesh.get_group(dim))
+        assert received[0] == 2 * received[1], (received, case.sample, placements)
+
+
+def test_sharded_maps_equal_whole_ones(tmp_path: Path) -> None:
+    spawn(partial(compare, 16, 0), tmp_path)
+
+
+@pytest.mark.slow
+def test_many_sharded_maps_equal_whole_ones(tmp_path: Path) -> None:
+    spawn(partial(compare, 300, 100), tmp_path)
+
+
+def refuse_alike() -> None:
+    """Every rank raises, whichever of them is to blame."""
+    rank, mesh = dist.get_rank(), DeviceMesh("cpu", torch.arange(3))
+
+    def part(length: int, heads: int = 2, dtype: torch.dtype = torch.float32) -> DTensor:
+        return DTensor.from_local(torch.zeros(1, length, heads, 4, dtype=dtype), mesh, [Shard(1)], run_check=False)
+
+    def whole(*shape: int, placement: Placement) -> DTensor:
+        return distribute_tensor(torch.zeros(*shape), mesh, [placement], src_data_rank=None)
+
+    good = part(4)
+    uneven = DTensor.from_local(
+        torch.zeros(1, 5 - rank, 2, 4), mesh, [Shard(1)], run_check=False, shape=good.shape, stride=good.stride()
+    )
+    partial_sums = DTensor.from_local(torch.zeros(1, 12, 2, 4), mesh, [Partial()], run_check=False)
+    bias = torch.zeros(2, 5)
+    split_bias = distribute_tensor(bias, mesh, [Shard(0)], src_data_rank=None)
+    calls: list[tuple[str, tuple, dict]] = [
+        (r"query must be alike on all ranks: \(1, 12, .* on rank 0, \(1, 15, ", (part(4 + rank // 2),) * 3, {}),
+        (r"query must have a local part of shape \(1, 4, 2, 4\).* got \(1, [35], 2, 4\)", (uneven,) * 3, {}),
+        (r"key must have the dtype of query", (good, part(4, 2, torch.float64), good), {}),
+        (r"key must have the dtype of query", (good, part(4, 2, [torch.float32, torch.float64][rank == 1]), good), {}),
+        (r"value must be a DTensor", (good, good, torch.zeros(1, 12, 2, 4)), {}),
+        (r"value must have the placements of query", (good, good, whole(1, 12, 2, 4, placement=Shard(0))), {}),
+        (r"query must be placed by Shard or Replicate, got P", (partial_sums,) * 3, {}),
+        (r"query must not be sharded over the channels", (whole(1, 12, 2, 4, placement=Shard(3)),) * 3, {}),
+        (r"key must have a multiple of 3 heads", (whole(1, 12, 4, 4, placement=Shard(2)),) * 3, {}),
+        (r"kernel_size \* dilation must fit the map: 3 \* 5", (good,) * 3, {"dilation": 5}),
+        (r"dilation must be alike on all ranks", (good,) * 3, {"dilation": 1 + rank // 2}),
+        (r"rpb must be replicated", (good,) * 3, {"rpb": split_bias}),
+        (r"rpb must have shape", (good,) * 3, {"rpb": bias[:, 1:]}),
+        (r"dropout_p must be at least 0", (good,) * 3, {"dropout_p": 1.5}),
+    ]
+    for message, tensors, options in calls:
+        with pytest.raises((ValueError, TypeError), match=message):
+            dt.na1d(*tensors, 3, **options)
+
+
+def lose_a_rank() -> None:
+    mesh = DeviceMesh("cpu", torch.arange(3))
+    x = distribute_tensor(torch.zeros(1, 12, 2, 4), mesh, [Shard(1)], src_data_rank=None)
+
+    def attend(times: int) -> None:
+        for _ in range(times):
+            dt.na1d(x, x, x, 3)
+
+    attend(1)
+    if dist.get_rank() == 2:
+        os._exit(0)
+    with pytest.raises(RuntimeError, match=r"(?i)timed out|closed by peer|reset by peer"):
+        attend(2)  # one that needs nothing from rank 2 notices when its neighbor has gone
+    os._exit(0)  # nor can the group be left in good order
+
+
+def test_every_rank_raises(tmp_path: Path) -> None:
+    spawn(refuse_alike, tmp_path, ranks=3)
+
+
+def test_ranks_do_not_wait_for_a_dead_one(tmp_path: Path) -> None:
+    spawn(lose_a_rank, tmp_path, ranks=3, timeout=timedelta(seconds=5))
