@@ -64,8 +64,6 @@ def test_plan_answers_are_those_of_the_plan(server: Server) -> None:
     cost = plan.cost()
     assert answer["cost"]["scores"] == round(cost.scores_per_query, 2)
     assert answer["cost"]["useful"] == round(cost.useful_per_query, 2)
-    assert [answer["classes"][row] for row in answer["rows"]] == [answer["class"]] * len(answer["rows"])
-    assert answer["useful"] <= answer["evaluated"]
 
 
 def test_fields_propagate_sets_of_keys(server: Server) -> None:
@@ -83,7 +81,6 @@ def test_fields_propagate_sets_of_keys(server: Server) -> None:
     [
         ("about", {"kernel": "7"}, "kernel_size * dilation must fit"),
         ("about", {"shape": "100,100"}, "10000 tokens; this page shows up to 4096"),
-        ("about", {"shape": "4000"}, "a side of 4000"),
         ("about", {"shape": "9,x"}, "shape must be integers"),
         ("about", {"shape": "1" * 2000}, "may have 1000 characters"),
         ("neighbors", {"token": "108"}, "token must be below 108"),
@@ -163,24 +160,20 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 class Page:
-    """The page as a test drives it."""
+    """The page as a test drives it; it asks the server in the background."""
 
     def __init__(self, browser: Any, url: str):
-        self.browser = browser
+        self.browser, self.script = browser, browser.execute_script
         browser.get(url)
-        self.settle()
+        self.until(lambda: self.state() == "ready")
 
     def until(self, condition: Callable[[], bool]) -> None:
-        """Waits, because the page asks the server in the background."""
         from selenium.webdriver.support.ui import WebDriverWait
 
         WebDriverWait(self.browser, 20, 0.02).until(lambda browser: condition())
 
-    def settle(self, state: str = "ready") -> None:
-        self.until(lambda: self.script("return map.dataset.state") == state)
-
-    def script(self, code: str, *args: object) -> Any:
-        return self.browser.execute_script(code, *args)
+    def state(self) -> str:
+        return self.script("return map.dataset.state")
 
     def text(self, name: str) -> str:
         return self.script("return document.getElementById(arguments[0]).textContent", name)
@@ -189,62 +182,45 @@ class Page:
         code = "return cells.filter(c => c.classList.contains(arguments[0])).map(c => +c.dataset.token)"
         return self.script(code, name)
 
-    def tokens(self) -> list[int]:
-        return [int(token) for token in self.text("tokens").split()]
-
     def type(self, name: str, value: object, state: str = "ready") -> None:
-        self.script("map.dataset.state = 'changing'")
         element = self.browser.find_element("name", name)
         element.clear()
         self.script("map.dataset.state = 'changing'")
         element.send_keys(str(value))
-        self.settle(state)
-
-    def hover(self, token: int) -> None:
-        from selenium.webdriver import ActionChains
-
-        cell = self.browser.find_element("css selector", f"[data-token='{token}']")
-        ActionChains(self.browser, duration=0).move_to_element(cell).perform()
-
-    def press(self, *keys: str) -> None:
-        self.browser.find_element("id", "map").send_keys(*keys)
+        self.until(lambda: self.state() == state)
 
 
-def test_page_shows_the_keys_of_the_hovered_query(server: Server, browser: Any) -> None:
+def test_page_shows_the_keys_of_the_hovered_query_and_says_what_is_impossible(server: Server, browser: Any) -> None:
+    from selenium.webdriver import ActionChains
+
     page = Page(browser, f"{server.url}?shape=14,12&kernel=3&dilation=1&token=0")
     page.type("dilation-0", 4)
     page.type("dilation-1", 3)
     geometry = Geometry((14, 12), (3,), (4, 3))
     for token in (0, 80, 167):
-        page.hover(token)
+        cell = browser.find_element("css selector", f"[data-token='{token}']")
+        ActionChains(browser, duration=0).move_to_element(cell).perform()
         keys = geometry.neighbors()[0][token].tolist()
         page.until(lambda token=token, keys=keys: page.marked("key") == sorted({*keys} - {token}))
         assert page.marked("query") == page.marked("here") == [token]
-        assert page.text("readout") == f"The query at ({token // 12}, {token % 12}) sees {len(keys)} keys."
-        assert page.tokens() == keys
-    assert f"{geometry.num_pairs} attending pairs" in page.text("about")
+        assert [int(key) for key in page.text("tokens").split()] == keys
     readout = page.text("readout")
-    assert Page(browser, browser.current_url).text("readout") == readout  # all that was chosen is in the address
+    page = Page(browser, browser.current_url)  # all that was chosen is in the address
+    assert page.text("readout") == readout
+    page.type("kernel-1", 13, "error")
+    assert "13 * 3 = 39 exceeds length 12" in page.text("message")
+    page.type("kernel-1", 2)
+    assert page.text("message") == ""
 
 
 def test_page_works_with_the_keyboard(server: Server, browser: Any) -> None:
     page = Page(browser, f"{server.url}?{urlencode(FIELDS)}&token=50")
-    page.press("\ue014", "\ue015", "2")  # right, down, second view
+    press = browser.find_element("id", "map").send_keys
+    press("\ue014", "\ue015", "2")  # right, down, second view
     token = 50 + 1 + 12
     seen_by = np.flatnonzero((GEOMETRY.neighbors()[0] == token).any(1)).tolist()
     page.until(lambda: page.marked("query") == sorted({*seen_by} - {token}))
     assert page.marked("key") == [token]
-    page.press("4")
+    press("4")
     rows = ask(server, "plan", token=token, tile="4")[1]["rows"]
     page.until(lambda: page.marked("query") == sorted(rows))
-    page.press("3")
-    page.settle()
-    assert page.script("return document.body.dataset.view") == "field"
-
-
-def test_page_says_what_is_impossible_and_recovers(server: Server, browser: Any) -> None:
-    page = Page(browser, f"{server.url}?shape=14,12&kernel=3&dilation=1&token=5")
-    page.type("kernel-1", 13, "error")
-    assert "13 * 1 = 13 exceeds length 12" in page.text("message")
-    page.type("kernel-1", 5)
-    assert (page.text("message"), len(page.tokens())) == ("", 15)

@@ -2,18 +2,16 @@
 
 import numpy as np
 import pytest
-import timm
 import torch
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection, PathCollection, QuadMesh
-from matplotlib.colors import to_rgba
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from timm.models.swin_transformer import SwinTransformerBlock, window_partition
 
 import dinat_triton as dt
 from dinat_triton import Geometry, Plan, plots
 from dinat_triton import receptive_field as rf
-from dinat_triton.attention_maps import attention_layers, sample_image, token_at
+from dinat_triton.attention_maps import attention_layers, token_at
 from dinat_triton.plan import MASKED
 from tests.oracles import sampling
 
@@ -59,9 +57,6 @@ def test_neighborhoods_show_the_geometry(geometry: Geometry) -> None:
             cells = unmosaic(drawn(figure.axes[0]), geometry.shape)
             np.testing.assert_array_equal(cells, expected.reshape(geometry.shape))
             assert f" {row.sum()} " in f"{figure.axes[0].get_title()} "
-        text = plots.text_cells(plots.neighborhood(geometry, place(geometry, token)))
-        counts = (1, matrix[token].sum() - 1, (~matrix[token]).sum())
-        assert tuple(map(text.count, "@#.")) == counts
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES[1::3])
@@ -122,16 +117,6 @@ def test_downsampling_is_the_models_convolution() -> None:
         np.testing.assert_array_equal(grad[0, 0] > 0, np.outer(layer.links[0][y], layer.links[1][x_out]))
 
 
-def test_cone_draws_every_connection_once() -> None:
-    layers = rf.dilated_stack((30,), 3, [1, 3])
-    figure = plots.plot_cone(layers, (15,))
-    lines = [a for a in figure.axes[0].collections if isinstance(a, LineCollection)]
-    assert [len(collection.get_segments()) for collection in lines] == [9, 3]
-    dots = [a for a in figure.axes[0].collections if isinstance(a, PathCollection)]
-    lit = [np.flatnonzero((dot.get_facecolor() != to_rgba(plots.CELL)).any(1)).tolist() for dot in dots]
-    assert lit == [list(range(11, 20)), [12, 15, 18], [15]]
-
-
 # Plans
 
 
@@ -154,16 +139,6 @@ def test_plan_figures_show_the_plan(geometry: Geometry, transposed: bool) -> Non
     shown = drawn(pairs)
     np.testing.assert_array_equal(shown.filled(MASKED), rel)
     assert f"{matrix[rows].sum()} of {rel.size} scores useful" in pairs.get_title()
-
-
-def test_costs_are_the_plans() -> None:
-    geometry, tiles = Geometry((20, 14), (5, 3), (2, 1)), [(2, 2), (5, 4), (10, 7)]
-    scores, loads, useful = plots.plot_cost(geometry, tiles).axes[0].get_lines()
-    for tile, drawn_scores, drawn_loads in zip(tiles, scores.get_ydata(), loads.get_ydata(), strict=True):
-        plan = Plan(geometry, tile)
-        assert drawn_scores == sum(c.tiles * c.rel().size for c in plan.classes) / 280
-        assert drawn_loads == sum(c.tiles * len(c.columns) for c in plan.classes) / 280
-    assert set(useful.get_ydata()) == {15}
 
 
 # Bias and attention
@@ -192,20 +167,6 @@ def test_attention_on_a_padded_map_is_cropped() -> None:
     attention = layer.attention((3, 3))
     assert attention.shape == (1, 2, 7, 12)
     assert 0 < attention.sum() / 2 < 1
-
-
-def test_attention_is_drawn_where_it_falls() -> None:
-    torch.manual_seed(0)
-    model = timm.create_model("dinat_mini").eval()
-    layers = attention_layers(model, torch.randn(1, 3, 64, 64))
-    assert [layer.module.window[4] for layer in layers[:3]] == [1, 8, 1]
-    assert layers[1].title == "stage 1, block 2: kernel 7, dilation 8"
-    query = token_at((0.5, 0.25), layers[2].x.shape[1:3])
-    assert query == (8, 4)
-    weights = layers[2].attention(query)[0]
-    figure = plots.plot_attention(sample_image(64), {"a": weights}, {"a": query}, heads=[1])
-    np.testing.assert_allclose(drawn(figure.axes[0]).filled(0), weights.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(drawn(figure.axes[1]).filled(0), weights[1], rtol=1e-6)
 
 
 # Mistakes
