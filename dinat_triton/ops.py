@@ -104,14 +104,13 @@ def opened(
     scale: float | None = None,
     dropout_p: float = 0.0,
     *options: object,
+    may_hide: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The op `na` as a graph of plain torch operations, for exporters: nothing of this package is left in it."""
     if dropout_p > 0:
         raise ValueError(f"dropout_p must be 0 in a model that is exported, got {dropout_p}: call its eval() first")
-    query, key, value = unpack(qkv)
-    geometry = _geometry(qkv, window)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return tile_form.attention(query, key, value, rpb, geometry, scale)
+    scale = qkv[0].shape[-1] ** -0.5 if scale is None else scale
+    return tile_form.attention(qkv, rpb, _geometry(qkv, window), scale, may_hide)
 
 
 def _fused(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend):

@@ -1,14 +1,17 @@
 """The op on a plan as a graph of a dozen plain torch operations, for exporters and compilers.
 
-Tokens are gathered into tiles by constant indices; all tiles together are one batched product, their softmax, and a
-second product. Tiles with fewer rows or columns than the largest are padded, and each takes its bias from the table of
-its class. Sizes are constants of the graph, but for the batch, which may be symbolic. Memory is linear in tokens.
+What a head has of a token is one vector, and the input is a list of them. One gather of vectors by constant indices
+makes all tiles of queries, one those of keys, one those of values; then come a batched product, a softmax and a second
+product, and a last gather puts the output in order. Nothing is transposed. Tiles with fewer queries or keys than the
+largest are padded, and each takes its bias from the table of its class. Sizes are constants of the graph, but for the
+batch, which may be symbolic. Memory is linear in tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 import numpy as np
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from dinat_triton.candidates import Candidates
 from dinat_triton.geometry import Geometry, IntArray
+from dinat_triton.packing import unpack
 from dinat_triton.plan import Plan
 
 # What a tile choice costs, in no unit: a score, and a token that is gathered.
@@ -24,30 +28,39 @@ MOST_ROWS = 256
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, geometry: Geometry, scale: float
+    qkv: list[Tensor], rpb: Tensor | None, geometry: Geometry, scale: float, may_hide: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Attends; tensors are `[batch, *shape, heads, dim]`. Returns the output and the log-sum-exp of the logits."""
-    wide = torch.promote_types(query.dtype, torch.float32)
-    shared = query.shape[-2] // key.shape[-2]
-    # Heads before tokens, so that gathered tiles are operands of products as they are.
-    q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in (query * scale, key, value))
-    if shared > 1:
-        k, v = (x.repeat_interleave(shared, 1) for x in (k, v))
-    form = form_of(geometry)
-    table, empty = _table(rpb, form, geometry, wide)
-    q, k, v = take(q, form.rows), take(k, form.columns), take(v, form.columns)  # [batch, heads, tiles, cells, dim]
-    logits = (q @ k.mT).to(wide) + table
+    """Attends; tensors are those of `ops.na`. Returns the output and the log-sum-exp of the logits.
+
+    `may_hide` is whether `rpb` may hide every key of a window, which takes an operation more.
+    """
+    query, key, _ = unpack(qkv)
+    heads, wide, form = query.shape[-2], torch.promote_types(query.dtype, torch.float32), form_of(geometry)
+    own = np.arange(heads)
+    shared = own // (heads // key.shape[-2])
+    if len(qkv) == 1:
+        sources = [(qkv[0], part * heads + own) for part in range(3)]
+    else:
+        sources = list(zip(qkv, (own, shared, shared), strict=True))
+    cells = (form.rows, form.columns, form.columns)
+    q, k, v = (form.tiles(x, of_token, tokens) for (x, of_token), tokens in zip(sources, cells, strict=True))
+    values = query.new_zeros(1, geometry.num_offsets) if rpb is None else rpb.flatten(1)
+    table, empty = _table(values.to(wide), form, heads)
+    logits = ((q * scale) @ k.mT).to(wide) + table
     out = logits.softmax(-1).to(v.dtype) @ v
     lse = logits.logsumexp(-1, keepdim=True)
-    if rpb is not None:  # which may hide every key of a window
+    if rpb is not None and may_hide:
         out, lse = out.masked_fill(empty, 0), lse.masked_fill(empty, -torch.inf)
-    out, lse = (take(x.flatten(2, 3), form.order[None]).squeeze(2).transpose(1, 2) for x in (out, lse))
-    return out.unflatten(1, geometry.shape), lse.squeeze(-1).unflatten(1, geometry.shape)
+    out, lse = (form.in_order(x, heads).view(-1, *geometry.shape, heads, x.shape[-1]) for x in (out, lse))
+    return out, lse.squeeze(-1)
 
 
 @dataclass(frozen=True, eq=False)
 class Form:
     """A plan written out, with all tiles alike in size.
+
+    Tiles are further heads of one batched product, each with the table of its class. Where there is one class, whose
+    table serves all of them, they are further maps.
 
     Attributes:
         rows, columns: `[tiles, rows]` and `[tiles, columns]`: tokens; padding repeats a tile's first.
@@ -61,6 +74,19 @@ class Form:
     order: IntArray
     pair_index: IntArray
     class_of: IntArray
+
+    def tiles(self, x: Tensor, heads: IntArray, tokens: IntArray) -> Tensor:
+        """Tiles of some heads of `x`, `[batch, tiles * heads, cells, dim]` or `[batch * tiles, heads, cells, dim]`."""
+        vectors_of_token = prod(x.shape[1:-1]) // len(self.order)
+        vectors = tokens[:, None] * vectors_of_token + heads[:, None]  # [tiles, heads, cells]
+        maps = len(heads) if len(self.pair_index) == 1 else len(tokens) * len(heads)
+        return take(x.contiguous(), vectors).view(-1, maps, tokens.shape[1], x.shape[-1])
+
+    def in_order(self, x: Tensor, heads: int) -> Tensor:
+        """What such tiles have of each token, in the order of tokens: `[batch, tokens * heads, dim]`."""
+        tile, row = np.divmod(self.order, self.rows.shape[1])
+        vectors = (tile[:, None] * heads + np.arange(heads)) * self.rows.shape[1] + row[:, None]
+        return take(x.view(-1, self.rows.size * heads, x.shape[-1]), vectors)
 
 
 @lru_cache(maxsize=64)
@@ -94,24 +120,20 @@ def choose_tile(geometry: Geometry) -> tuple[int, ...]:
     return tuple(found.tiles[np.argmin(work)].tolist())
 
 
-def take(x: Tensor, tokens: IntArray) -> Tensor:
-    """Tiles `[batch, heads, tiles, cells, dim]` out of `[batch, heads, tokens, dim]`."""
-    flat = tokens.ravel()
-    in_order = len(flat) == x.shape[2] and bool((np.diff(flat) == 1).all())
-    gathered = x if in_order else x.index_select(2, torch.as_tensor(flat, device=x.device))
-    return gathered.unflatten(2, tokens.shape)
+def take(x: Tensor, vectors: IntArray) -> Tensor:
+    """Vectors of `x`, which is contiguous: `[batch, vectors, dim]`."""
+    x = x.view(-1, prod(x.shape[1:-1]), x.shape[-1])
+    return x.index_select(1, torch.as_tensor(vectors.ravel(), device=x.device))
 
 
-def _table(rpb: Tensor | None, form: Form, geometry: Geometry, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What to add to the logits, `[heads or 1, tiles or 1, rows, columns]`, and which rows see nothing."""
-    device, none = (None if rpb is None else rpb.device), torch.zeros(1, geometry.num_offsets, dtype=dtype)
-    values = none if rpb is None else rpb.flatten(1).to(dtype)
-    values = torch.nn.functional.pad(values, (0, 1), value=-torch.inf)  # the masked pairs' is behind the last
-    index = torch.as_tensor(form.pair_index.ravel(), device=device)
-    table = values.index_select(1, index).unflatten(1, form.pair_index.shape)
+def _table(bias: Tensor, form: Form, heads: int) -> tuple[Tensor, Tensor]:
+    """What to add to the logits, `[1, heads or tiles * heads, rows, columns]`, and which rows see nothing."""
+    values = torch.nn.functional.pad(bias, (0, 1), value=-torch.inf)  # the masked pairs' is behind the last
+    index = torch.as_tensor(form.pair_index.ravel(), device=bias.device)
+    table = values.index_select(1, index).unflatten(1, form.pair_index.shape).transpose(0, 1)
     empty = table.isneginf().all(-1, keepdim=True)
     table = table.masked_fill(empty, 0)
     if len(form.pair_index) > 1:
-        class_of = torch.as_tensor(form.class_of, device=device)
-        table, empty = table.index_select(1, class_of), empty.index_select(1, class_of)
-    return table, empty
+        class_of = torch.as_tensor(form.class_of, device=bias.device)
+        table, empty = (x.index_select(0, class_of).expand(-1, heads, -1, -1) for x in (table, empty))
+    return table.flatten(0, 1)[None], empty.flatten(0, 1)[None]

@@ -24,7 +24,7 @@ def test_the_open_form_is_the_op(sample, biased: bool) -> None:
     if rpb is not None:
         rpb[0] = -torch.inf
     expected = reference.attention(query, key, value, rpb, None, geometry, 0.3, 0.0)
-    torch.testing.assert_close(tile_form.attention(query, key, value, rpb, geometry, 0.3), expected)
+    torch.testing.assert_close(tile_form.attention([query, key, value], rpb, geometry, 0.3), expected)
 
 
 class Attention(nn.Module):

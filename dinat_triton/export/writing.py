@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,8 @@ def trace(model: nn.Module, images: Tensor, any_batch: bool) -> ExportedProgram:
     model(images)  # says in eager mode what is wrong with the images
     shapes = ({0: Dim("batch")},) if any_batch else None
     program = torch.export.export(model, (images,), dynamic_shapes=shapes)
-    return program.run_decompositions({torch.ops.dinat_triton.na.default: ops.opened})
+    may_hide = any(bool(x.isneginf().any()) for x in model.parameters())
+    return program.run_decompositions({torch.ops.dinat_triton.na.default: partial(ops.opened, may_hide=may_hide)})
 
 
 def compare(format: Format, files: list[Path], model: nn.Module, images: Tensor) -> tuple[float, float]:
