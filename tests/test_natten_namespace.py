@@ -1,20 +1,18 @@
 """NATTEN's names, in the spellings of its versions, against the formulas, and a module as the NAT repository has it."""
 
 import inspect
-import itertools
 import math
-import warnings
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import dinat_triton as dt
 from dinat_triton.bench import memory
 from dinat_triton.integrations import natten, natten_0_14, natten_0_17, natten_0_20
-from dinat_triton.integrations.natten import arguments, unfused
+from dinat_triton.integrations.natten import arguments
 from tests.oracles import brute, sampling
 from tests.oracles import natten as oracle
 
@@ -26,38 +24,30 @@ def leaf(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
-def brute_hoods(sample: sampling.Sample) -> list[tuple[list[int], list[tuple[int, ...]], list[int]]]:
-    """Per query: its keys, their places in the bias, and their slots in the row-major window of the full kernel."""
-    arguments = (sample.shape, sample.kernel_size, sample.dilation, sample.stride, sample.is_causal)
-    axes = [brute.windows(*axis) for axis in zip(*arguments, strict=True)]
-    slots = []
-    for query in itertools.product(*axes):
-        points = itertools.product(*(range(len(positions)) for positions, _ in query))
-        slots.append([int(np.ravel_multi_index(point, sample.kernel_size)) for point in points])
-    hoods = brute.neighborhoods(*arguments)
-    return [(keys, pairs, own) for (keys, pairs), own in zip(hoods, slots, strict=True)]
+def windows_of(sample: sampling.Sample) -> tuple[Tensor, Tensor]:
+    """Per query and slot of the whole kernel's row-major window: the key and its place in the flat bias, -1 if none."""
+    hoods = brute.neighborhoods(sample.shape, **sample.kwargs())
+    found = torch.full((2, len(hoods), math.prod(sample.kernel_size)), -1)
+    for query, (keys, pairs) in enumerate(hoods):
+        at = np.array(pairs)
+        slots = np.ravel_multi_index((at - at[0]).T, sample.kernel_size)
+        places = np.ravel_multi_index(at.T, [2 * k - 1 for k in sample.kernel_size])
+        found[:, query, slots] = torch.tensor(np.stack((keys, places)))
+    return found[0], found[1]
 
 
 def brute_scores(query: Tensor, key: Tensor, rpb: Tensor | None, sample: sampling.Sample) -> Tensor:
-    """The definition of the scores, query by query. Slots that a causal window lacks are -inf."""
-    q, k = (x.flatten(2, -2) for x in (query, key))
-    rows = []
-    for token, (keys, pairs, slots) in enumerate(brute_hoods(sample)):
-        row = torch.einsum("bhd,bhkd->bhk", q[:, :, token], k[:, :, keys])
-        if rpb is not None:
-            row = row + torch.stack([rpb[(slice(None), *pair)] for pair in pairs], -1)
-        empty = row.new_full((*row.shape[:2], math.prod(sample.kernel_size)), -torch.inf)
-        rows.append(empty.index_copy(2, torch.tensor(slots), row))
-    return torch.stack(rows, 2).unflatten(2, sample.shape)
+    """The definition of the scores. Slots that a causal window lacks are -inf."""
+    keys, places = windows_of(sample)
+    scores = torch.einsum("bhnd,bhnkd->bhnk", query.flatten(2, -2), key.flatten(2, -2)[:, :, keys])
+    scores = scores if rpb is None else scores + rpb.flatten(1)[:, places]
+    return scores.masked_fill(keys < 0, -torch.inf).unflatten(2, sample.shape)
 
 
 def brute_values(attn: Tensor, value: Tensor, sample: sampling.Sample) -> Tensor:
-    weights, v = (x.flatten(2, -2) for x in (attn, value))
-    rows = [
-        torch.einsum("bhk,bhkd->bhd", weights[:, :, token, slots], v[:, :, keys])
-        for token, (keys, _, slots) in enumerate(brute_hoods(sample))
-    ]
-    return torch.stack(rows, 2).unflatten(2, sample.shape)
+    keys, _ = windows_of(sample)
+    weights = attn.flatten(2, -2).masked_fill(keys < 0, 0)
+    return torch.einsum("bhnk,bhnkd->bhnd", weights, value.flatten(2, -2)[:, :, keys]).unflatten(2, sample.shape)
 
 
 def assert_same(ours: Tensor, theirs: Tensor, leaves: list[Tensor]) -> None:
@@ -185,30 +175,29 @@ def test_older_names_are_the_same_functions(module, extra: int) -> None:
 def test_positional_arguments_are_read_in_the_order_of_their_version() -> None:
     query, key, value = torch.randn(3, 1, 9, 10, 2, 4)
     rpb = torch.randn(2, 5, 5)
-    plain = {"kernel_size": 3}
-
-    def ours(**options):
-        return dt.na2d(query, key, value, **plain, **options)
 
     def theirs(*arguments, **options):
         return natten.na2d(query, key, value, 3, *arguments, **options)
 
-    torch.testing.assert_close(theirs(), ours())
-    torch.testing.assert_close(theirs(1), ours())
-    torch.testing.assert_close(theirs(2, 3), ours(stride=2, dilation=3))
-    torch.testing.assert_close(theirs(2, dilation=3), ours(stride=2, dilation=3))
-    torch.testing.assert_close(theirs((1, 2), (3, 2), (True, False), 0.1), ours(stride=(1, 2), dilation=(3, 2),
-                               is_causal=(True, False), scale=0.1))  # fmt: skip
-    torch.testing.assert_close(theirs(2, True), ours(dilation=2, is_causal=True))
-    torch.testing.assert_close(theirs((2, 3), (False, True)), ours(dilation=(2, 3), is_causal=(False, True)))
-    torch.testing.assert_close(theirs(3, None, rpb, 0.1), ours(dilation=3, rpb=rpb, scale=0.1))
-    torch.testing.assert_close(theirs(3, rpb=rpb), ours(dilation=3, rpb=rpb))
-    torch.testing.assert_close(theirs(dilation=2, backend="cutlass-fna", q_tile_shape=(8, 8)), ours(dilation=2))
-    torch.testing.assert_close(theirs(return_lse=True), ours(return_lse=True))
-    torch.testing.assert_close(theirs(stride=None, dilation=None, is_causal=None), ours())
-    torch.testing.assert_close(natten_0_17.na2d(query, key, value, 3, 2), ours(dilation=2))
-    torch.testing.assert_close(natten_0_20.na2d(query, key, value, 3, 2), ours(stride=2))
-    torch.testing.assert_close(natten.neighborhood_attention_generic(query, key, value, 3, 2), ours(stride=2))
+    same = {"stride": (1, 2), "dilation": (3, 2), "is_causal": (True, False), "scale": 0.1}
+    for found, expected in (
+        (theirs(), {}),
+        (theirs(1), {}),
+        (theirs(2, 3), {"stride": 2, "dilation": 3}),
+        (theirs(2, dilation=3), {"stride": 2, "dilation": 3}),
+        (theirs(*same.values()), same),
+        (theirs(2, True), {"dilation": 2, "is_causal": True}),
+        (theirs((2, 3), (False, True)), {"dilation": (2, 3), "is_causal": (False, True)}),
+        (theirs(3, None, rpb, 0.1), {"dilation": 3, "rpb": rpb, "scale": 0.1}),
+        (theirs(3, rpb=rpb), {"dilation": 3, "rpb": rpb}),
+        (theirs(dilation=2, backend="cutlass-fna", q_tile_shape=(8, 8)), {"dilation": 2}),
+        (theirs(return_lse=True), {"return_lse": True}),
+        (theirs(stride=None, dilation=None, is_causal=None), {}),
+        (natten_0_17.na2d(query, key, value, 3, 2), {"dilation": 2}),
+        (natten_0_20.na2d(query, key, value, 3, 2), {"stride": 2}),
+        (natten.neighborhood_attention_generic(query, key, value, 3, 2), {"stride": 2}),
+    ):
+        torch.testing.assert_close(found, dt.na2d(query, key, value, 3, **expected))
     with pytest.raises(TypeError, match=r"na2d got 2 after kernel_size.*dilation=2 or stride=2"):
         theirs(2)
     with pytest.raises(TypeError, match="dilation by position and by name"):
@@ -219,49 +208,6 @@ def test_positional_arguments_are_read_in_the_order_of_their_version() -> None:
         theirs(tile_shape=2)
     with pytest.raises(ValueError, match="must be given together"):
         theirs(additional_keys=key.flatten(1, 2))
-
-
-class NatModule(nn.Module):
-    """Attention as the NAT repository writes it: it pads, scales the query, and permutes to heads first and back."""
-
-    def __init__(self, functions, dim: int, heads: int, kernel_size: int, dilation: int):
-        super().__init__()
-        self.functions, self.heads, self.kernel_size, self.dilation = functions, heads, kernel_size, dilation
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.rpb = nn.Parameter(torch.randn(heads, 2 * kernel_size - 1, 2 * kernel_size - 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        _, height, width, dim = x.shape
-        down, right = (max(0, self.kernel_size * self.dilation - n) for n in (height, width))
-        x = nn.functional.pad(x, (0, 0, 0, right, 0, down))
-        qkv = self.qkv(x).reshape(*x.shape[:3], 3, self.heads, dim // self.heads).permute(3, 0, 4, 1, 2, 5)
-        query = qkv[0] * (dim // self.heads) ** -0.5
-        attn = self.functions.natten2dqkrpb(query, qkv[1], self.rpb, self.kernel_size, self.dilation).softmax(-1)
-        out = self.functions.natten2dav(attn, qkv[2], self.kernel_size, self.dilation)
-        return self.proj(out.permute(0, 2, 3, 1, 4).reshape(x.shape)[:, :height, :width])
-
-
-@pytest.mark.parametrize("functions", [natten, natten_0_14])
-@pytest.mark.parametrize("shape", [(9, 10), (4, 12), (3, 5)], ids=["fits", "one axis padded", "padded"])
-def test_a_module_of_the_nat_repository_is_ours(functions, shape: tuple[int, int]) -> None:
-    theirs = NatModule(functions, 16, 2, 3, 3)
-    modules = [
-        dt.NeighborhoodAttention2D(16, 2, 3, dilation=3, rel_pos_bias=True),
-        natten.NeighborhoodAttention2D(dim=16, num_heads=2, kernel_size=3, dilation=3, rel_pos_bias=True),
-        natten_0_14.NeighborhoodAttention2D(16, 2, 3, 3),
-    ]
-    x = torch.randn(2, *shape, 16)
-    weights = torch.randn(2, *shape, 16)
-    expected = theirs(x)
-    (expected * weights).sum().backward()
-    grads = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    for ours in modules:
-        ours.load_state_dict(theirs.state_dict())
-        out = ours(x)
-        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-        (out * weights).sum().backward()
-        got = {name: parameter.grad for name, parameter in ours.named_parameters()}
-        torch.testing.assert_close(got, {name: grads[name] for name in got}, rtol=1e-3, atol=1e-4)
 
 
 def test_modules_take_the_arguments_of_their_version() -> None:
@@ -402,18 +348,6 @@ def test_nested_tensors_are_taken_one_by_one() -> None:
     assert inputs[0][0].grad.abs().sum() > 0
     with pytest.raises(NotImplementedError, match="no nested tensors"):
         natten.na2d(query, key, value, 3)
-
-
-def test_the_plain_pattern_is_told_its_fused_call_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unfused, "_suggested", set())
-    query = torch.randn(1, 2, 128, 128, 4)
-    scores = natten.na2d_qk(query, query, 3)
-    with pytest.warns(UserWarning, match=r"na2d_av hold 1 MiB of scores here; na2d\(query, key, value, kernel_size"):
-        natten.na2d_av(scores.softmax(-1), query, 3)
-    with warnings.catch_warnings(action="error"):
-        natten.na2d_av(scores.softmax(-1), query, 3)
-        monkeypatch.setattr(unfused, "_suggested", set())
-        natten.na2d_av(torch.nn.functional.dropout(scores.softmax(-1)), query, 3)  # which no fused call of NATTEN has
 
 
 @pytest.mark.skipif(oracle.available() is not None, reason=str(oracle.available()))
