@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dinat_triton import cli
-from dinat_triton.commands.options import ARCHITECTURES, find_layers
+from dinat_triton.commands.options import find_layers
 from dinat_triton.layers import layers_of
 from dinat_triton.offline.targets import TARGETS
 
@@ -54,7 +54,3 @@ def test_words_name_layers() -> None:
     assert find_layers(["224:56x56*"]) == mini[:2]
     assert [find_layers([f"224:{layer.short_name}"]) for layer in mini] == [[layer] for layer in mini]
     assert {layer.batch for layer in find_layers(["coco"], batch=128)} == {16}
-
-
-def test_every_architecture_of_the_model_can_be_named() -> None:
-    assert set(ARCHITECTURES) == set(TARGETS)

@@ -86,29 +86,14 @@ def test_what_is_wrong_or_fails_is_not_timed_and_stops_nobody(call, reason: str)
     assert found["gather"].timing
 
 
-# What is reported
-
-
-def timed(name: str, ms: float | None, layer: Layer = WHOLE, **more) -> Record:
-    timing = None if ms is None else Timing(ms, ms, ms, 9)
-    return Cell(layer, "float32", FORWARD).record(name, timing=timing, **more)
-
-
 def test_fractions_are_of_the_largest_floor_and_of_all_products() -> None:
     work = Work(49, 98, 2e9, 3e9, 4e9, 6e9, 8e9, 9e9)
-    mine = timed("triton", 1e4, also={"work": asdict(work)})
+    timing, also = Timing(1e4, 1e4, 1e4, 9), {"work": asdict(work)}
+    mine = Cell(WHOLE, "float32", FORWARD).record("triton", timing=timing, also=also)
     assert layers.fractions(mine, CEILINGS, "cuda") == pytest.approx((0.4, 0.006, 0.002))
     slow = replace(CEILINGS, copy_bytes_per_s=1e9, exps_per_s=1e10)
     assert layers.fractions(mine, slow, "cuda")[0] == pytest.approx(0.3)
     assert layers.fractions(mine, slow, "cpu")[0] == pytest.approx(0.04)  # the layer lies in a cache
-
-
-def test_means_weigh_each_layer_as_often_as_the_model_has_it() -> None:
-    often = replace(WHOLE, name="tiny@x/7x7-d1", count=3)
-    records = [timed("tiled", 1.0), timed("gather", 2.0), timed("tiled", 1.0, often), timed("gather", 4.0, often),
-               timed("flex", 8.0, often)]  # fmt: skip
-    (means,) = layers.summarize(records).values()
-    assert means == {"gather": f"{(2 * 4**3) ** 0.25:.2f}x", "flex": "8.00x (1 of 2)"}
 
 
 def test_the_command_measures_prints_and_keeps(

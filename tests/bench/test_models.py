@@ -1,19 +1,12 @@
 """Whole models: what is measured beside what, what fails how, and what the tables say."""
 
-import time
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
 from dinat_triton import cli
 from dinat_triton.bench import memory, models
-from dinat_triton.bench.harness import Results
-from dinat_triton.bench.models import EAGER, INFERENCE, TRAINING, Case
-
-SWIN = "swin_tiny_patch4_window7_224"
-CASE = Case("dinat_mini", INFERENCE, EAGER, 1, "cpu", False)
+from dinat_triton.bench.models import INFERENCE, TRAINING
 
 
 def test_runtimes_are_measured_beside_eager(capsys: pytest.CaptureFixture) -> None:
@@ -31,35 +24,6 @@ def test_a_training_step_changes_the_weights() -> None:
     out = models.step_of(model.eval(), images, INFERENCE, autocast=True)()
     assert isinstance(out, torch.Tensor)
     assert out.dtype == torch.bfloat16
-
-
-def test_what_fails_does_not_stop_the_others(
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Steps that only wait; dinat_tiny fails, and so does the memory of a training step."""
-
-    def prepare(case: Case):
-        if case.name == "dinat_tiny":
-            raise RuntimeError("cannot\nbecause")
-        return lambda: time.sleep(0.004 if case.name == SWIN else 0.001)
-
-    def peak_memory(case: Case) -> int:
-        if case.pass_ == TRAINING:
-            raise OSError("no /proc")
-        return 2 << 20
-
-    monkeypatch.setattr(models, "prepare", prepare)
-    monkeypatch.setattr(models, "peak_memory", peak_memory)
-    out = tmp_path / "models.json"
-    arguments = ["--models", SWIN, "dinat_mini", "dinat_tiny", "--device", "cpu", "--seconds", "0.02", "-o", str(out)]
-    assert cli.main(["bench", "models", *arguments]) == 1
-    printed = capsys.readouterr().out
-    assert "- dinat_tiny, inference, float32: RuntimeError: cannot" in printed
-    assert "- memory of dinat_mini, training: OSError: no /proc" in printed
-    found = {(r.implementation, r.pass_): r for r in Results.load(out).records}
-    assert len(found) == 6
-    assert found["dinat_mini", INFERENCE].also["peak_bytes"] == 2 << 20
-    assert found["dinat_mini", INFERENCE].also["first_call_ms"] >= 1
 
 
 def peak_of_three() -> int:

@@ -1,7 +1,6 @@
-"""What binds: ceilings, bounds, times out of files, and the figures drawn of both."""
+"""What binds: ceilings, bounds, times out of files, and the command."""
 
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,28 +9,13 @@ import triton
 from triton.compiler import ASTSource
 
 from dinat_triton import cli
-from dinat_triton.bench import ceilings, exps, figures, harness, roofline
-from dinat_triton.bench.harness import Cell, Results, Timing
-from dinat_triton.layers import layers_of
+from dinat_triton.bench import ceilings, exps
+from dinat_triton.bench.harness import Results
 from dinat_triton.offline import assembly
 from dinat_triton.offline.targets import TARGETS
-from dinat_triton.work import FORWARD, LIMITS, Ceilings
 
 CPU = torch.device("cpu")
-RESULTS = harness.FOLDER / "results" / "amd-epyc"
-ROUND = Ceilings("measured", "a round machine", 1e10, {"float32": 1e11, "bfloat16": 1e12}, 1e9)
 compiled = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernels are interpreted")
-
-
-def results_of(**ms: float) -> Results:
-    """The layers of dinat_mini at 224, each with the same times."""
-    records = []
-    for layer in layers_of("dinat_mini@224"):
-        cell = Cell(layer, "float32", FORWARD)
-        also = {"work": asdict(roofline.work_of(cell, CPU))}
-        records += [cell.record(name, timing=Timing(each, each, each, 9), also=also) for name, each in ms.items()]
-        records += [] if ms else [roofline.bound(cell, CPU)]
-    return Results("layers", harness.environment(CPU), records, ROUND)
 
 
 def test_a_measured_machine_is_sane() -> None:
@@ -56,30 +40,6 @@ def test_exponentials_bind_that_kernel(arch: str) -> None:
     # Instructions per exponential, against those that could be issued while one is computed.
     issued = found["chunk_length"] / found["exps"]
     assert issued < 0.5 * target.issues_per_clock * target.warp / target.exps_per_clock
-
-
-# Figures
-
-
-def test_a_figure_shows_the_numbers_of_its_file() -> None:
-    results = Results.load(RESULTS / "roofline.json")
-    points = roofline.points_in(results)
-    assert results.ceilings
-    roof, times = figures.draw(results).axes[:2]
-    marks = {tuple(line.get_xydata()[0]) for line in roof.lines if line.get_marker() == "o"}
-    work, ours = points[0].work, points[0].seconds("tiled")
-    assert (work.useful_flops / work.useful_bytes, work.useful_flops / ours) in marks
-    assert (work.flops / work.bytes, work.flops / ours) in marks
-    for line in times.lines:
-        name = str(line.get_label())
-        timed = [(point.seconds(name), row) for row, point in enumerate(points) if name in point.timings]
-        assert [tuple(xy) for xy in line.get_xydata()] == timed
-    for number, limit in enumerate(LIMITS):
-        ends = [bar.get_x() + bar.get_width() for bar in times.patches[number * 7 : (number + 1) * 7]]
-        assert ends == pytest.approx([point.work.limits(results.ceilings, "float32")[limit] for point in points])
-
-
-# The command
 
 
 @compiled
