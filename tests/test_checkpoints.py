@@ -326,13 +326,3 @@ def test_convert_makes_a_folder_for_timm(tmp_path, capsys):
     assert_same(loaded.state_dict(), source.state_dict())
     assert main(["convert", str(path), str(tmp_path / "other")]) == 2
     assert "--model" in capsys.readouterr().err
-
-
-def test_convert_refuses(tmp_path, capsys):
-    path = _saved(tmp_path, small())
-    strange = tmp_path / "strange.pth"
-    torch.save(small().state_dict() | {"ema_decay": torch.zeros(1)}, strange)
-    for source, target, says in ((strange, "b.pth", "unknown keys: ema_decay"), (path, "b.npz", ".safetensors, .pth")):
-        assert main(["convert", str(source), str(tmp_path / target)]) == 2
-        assert says in capsys.readouterr().err
-        assert not (tmp_path / target).exists()

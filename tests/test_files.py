@@ -86,8 +86,9 @@ def test_convert_never_replaces_its_source_or_anything_unasked(checkpoint: Path,
     assert (tmp_path / "b.pth").read_text() == "precious"
     assert main(["convert", str(checkpoint), str(tmp_path / "b.pth"), "--force"]) == 0
     assert len(torch.load(tmp_path / "b.pth")) == len(timm.create_model("dinat_mini", **SMALL).state_dict())
-    assert main(["convert", str(checkpoint), str(tmp_path / "none" / "b.pth")]) == 2
-    assert "there is no folder" in capsys.readouterr().err
+    for target, says in (("none/b.pth", "there is no folder"), ("b.npz", ".safetensors, .pth")):
+        assert main(["convert", str(checkpoint), str(tmp_path / target)]) == 2
+        assert says in capsys.readouterr().err
 
 
 def on_a_full_disk(words: list[str]) -> None:

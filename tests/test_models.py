@@ -12,29 +12,6 @@ from torch import nn
 
 import dinat_triton as dt
 
-# Millions of parameters, as published; the first two exactly.
-PARAMETERS = {
-    "nat_mini": 19.984174,
-    "dinat_mini": 19.984174,
-    "nat_tiny": 27.902,
-    "nat_small": 50.743,
-    "nat_base": 89.770,
-    "dinat_tiny": 27.902,
-    "dinat_small": 50.720,
-    "dinat_base": 89.770,
-    "dinat_large": 200.944,
-    "dinat_large_384": 200.944,
-    "dinat_large_384_11x11": 201.144,
-    "dinat_s_tiny": 28.288,
-    "dinat_s_small": 49.606,
-    "dinat_s_base": 87.768,
-    "dinat_s_large": 196.532,
-    "dinat_s_large_384": 196.532,
-    "nat_isotropic_small": 22.000,
-    "nat_isotropic_base": 86.466,
-    "dinat_isotropic_small": 22.000,
-    "dinat_isotropic_base": 86.466,
-}
 T = [[1, 8, 1], [1, 4, 1, 4], [1, 2] * 9, [1] * 5]
 SMALL = dict(embed_dim=32, depths=(1, 2, 2, 1), num_classes=10)
 
@@ -48,15 +25,15 @@ def dilations_of(model):
     return [[block.attn.window[4] for block in level.blocks] for level in model.levels]
 
 
-def test_every_variant_is_registered():
-    names = [name for module in ("dinat", "dinat_s", "isotropic") for name in timm.list_models(module=module)]
-    assert sorted(names) == sorted(PARAMETERS)
+# Millions, as published; docs/models.md has those of all models in tenths.
+PARAMETERS = [("dinat_mini", 19.984174), ("nat_small", 50.743), ("dinat_large_384_11x11", 201.144),
+              ("dinat_s_tiny", 28.288), ("dinat_isotropic_base", 86.466)]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_parameter_count(name):
+@pytest.mark.parametrize(("name", "millions"), PARAMETERS)
+def test_parameter_count(name, millions):
     model = timm.create_model(name, device="meta")
-    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 6 if "mini" in name else 3) == PARAMETERS[name]
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 6 if "mini" in name else 3) == millions
 
 
 @pytest.mark.parametrize(
