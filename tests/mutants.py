@@ -1,7 +1,7 @@
 """Plants bugs, each in a copy of the tree, and runs the tests that should catch it: `make mutants`.
 
-With words, only the bugs that have one of them in their name or file: `python tests/mutants.py kernels dropout`. Fails
-if a bug's text is not found exactly once, if a bug survives, or if the test that caught one fails without it too.
+With words, only the bugs that have one of them in their name or file. Fails if a bug survives or its text is not found
+exactly once, or if the test that caught it fails without it too.
 """
 
 import json
@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -65,8 +64,7 @@ BUGS = {
     "models/layouts.py test_checkpoints": [
         ("key template", '"layernorm_before.{p}"', '"layernorm_after.{p}"'),
         ("order of query and key", 'for name in ("query", "key", "value")]', 'for name in ("key", "query", "value")]')],
-    "models/dilations.py test_models": [
-        ("dilation of a variant", '"384": [[1, 13], [1, 6], [1, 3]', '"384": [[1, 13], [1, 6], [1, 2]')],
+    "models/dilations.py test_models": [("dilation of a variant", "13], [1, 6], [1, 3]", "13], [1, 6], [1, 2]")],
     "models/dinat.py test_models": [
         ("drop path", "drop_path[sum(depths[:i]) : sum(depths[: i + 1])]", "drop_path[: depths[i]]"),
         ("norm before the MLP", "self.mlp(self.norm2(x))", "self.mlp(self.norm1(x))")],
@@ -93,21 +91,18 @@ def run(tests: list[str], file: str = "pyproject.toml", old: str = "", new: str 
     with tempfile.TemporaryDirectory() as folder:
         copy = shutil.copytree(ROOT, Path(folder, "tree"), symlinks=True, ignore=shutil.ignore_patterns(".*"))
         (copy / file).write_text((copy / file).read_text().replace(old, new))
-        environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-        environment["TRITON_INTERPRET"] = str(int("tests/kernels" in tests[0]))
+        own = {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": str(int("/kernels/" in tests[0]))}
         command = [sys.executable, "-m", "pytest", "-qx", *tests]
-        code = subprocess.run(command, cwd=copy, env=environment, capture_output=True, check=False).returncode
+        code = subprocess.run(command, cwd=copy, env=os.environ | own, capture_output=True, check=False).returncode
         failed = copy / ".pytest_cache/v/cache/lastfailed"
         return code, list(json.loads(failed.read_text())) if failed.exists() else []
 
 
 def hunt(file: str, tests: str, name: str, old: str, new: str) -> list[str]:
     """The test that catches a bug, if any: one that passes without it."""
-    start = time.monotonic()
     code, caught = run([f"tests/{tests}.py"], file, old, new)
-    if code != 1 or run(caught)[0]:
-        caught = []
-    print(f"{name:<30}  {''.join(caught) or 'SURVIVES':<90}  {time.monotonic() - start:4.0f} s", flush=True)
+    caught = [] if code != 1 or run(caught)[0] else caught
+    print(f"{name:<30}  {''.join(caught) or 'SURVIVES'}", flush=True)
     return caught
 
 
@@ -116,8 +111,7 @@ def main(words: list[str]) -> None:
     bugs = [bug for bug in bugs if any(word in f"{bug[0]} {bug[2]}" for word in words)]
     if unclear := [name for file, _, name, old, _ in bugs if (ROOT / file).read_text().count(old) != 1]:
         sys.exit(f"the old text of a bug must be in its file exactly once, that of these is not: {', '.join(unclear)}")
-    with ThreadPoolExecutor(2) as pool:
-        caught = list(pool.map(lambda bug: hunt(*bug), bugs))
+    caught = list(ThreadPoolExecutor(2).map(hunt, *zip(*bugs, strict=True)))
     print(f"{len(bugs) - caught.count([])} of {len(bugs)} bugs were caught")
     sys.exit(any(not tests for tests in caught))
 
