@@ -32,7 +32,7 @@ LAYERS = ("dinat_mini@224", "dinat_mini@384", "dinat_mini@coco")
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", nargs="+", default=["sm_90"], metavar="ARCH",
                         help=f"of {', '.join(ARCHITECTURES)} (default: sm_90)")  # fmt: skip
-    parser.add_argument("--dim", type=int, nargs="+", default=[32], help="head dims (default: 32)")
+    parser.add_argument("--dim", type=int, nargs="+", help="head dims (default: each model's own)")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], metavar="DTYPE",
                         help=f"of {', '.join(DTYPES)} (default: bfloat16)")  # fmt: skip
     parser.add_argument("--pass", dest="passes", nargs="+", default=list(KERNELS), metavar="PASS",
@@ -47,19 +47,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns 1 if a kernel must not ship."""
     check_positive(args, "batch", "jobs")
-    check_dims(args.dim)
+    check_dims(args.dim or [])
     for kind, names, known in (("arch", args.arch, ARCHITECTURES), ("dtype", args.dtype, DTYPES),
                                ("pass", args.passes, KERNELS)):  # fmt: skip
         check_names(kind, names, known)
     if args.out is not None:
         check_target(args.out, endings=[".json"], force=args.force)
-    layers = {dim: find_layers(args.layers, dim, args.batch) for dim in args.dim}
+    layers = {dim: find_layers(args.layers, dim, args.batch) for dim in args.dim or [None]}
     studies = []
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         for arch in args.arch:
             for dtype in args.dtype:
-                for dim in args.dim:
-                    studies.append(_study(arch, dtype, layers[dim], args.passes, pool.map))
+                for chosen in layers.values():
+                    studies.append(_study(arch, dtype, chosen, args.passes, pool.map))
                     print(_report(studies[-1]), flush=True)
     if args.out is not None:
         from dinat_triton.version import __version__

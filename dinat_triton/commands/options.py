@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dinat_triton.layers import HEAD_DIM, SETTINGS, SIZES, Layer, layers_of
+from dinat_triton.layers import OTHERS, SETTINGS, SIZES, Layer, layers_of
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_MODEL = "dinat_mini"
-LAYERS_HELP = "such as dinat_mini@224, coco (of dinat_mini), or dinat_large@384:24x24*; commas or spaces between them"
+LAYERS_HELP = (
+    "such as dinat_mini@224, coco (of dinat_mini), dinat_large@384:24x24* or ltx@decoder; commas or spaces between them"
+)
 BATCH_HELP = "images; coco takes an eighth of them"
 
 
@@ -31,13 +33,13 @@ def add_force(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--force", action="store_true", help="replace files that are there already")
 
 
-def find_layers(words: Iterable[str], dim: int = HEAD_DIM, batch: int = 1) -> list[Layer]:
+def find_layers(words: Iterable[str], dim: int | None = None, batch: int = 1) -> list[Layer]:
     """The layers that words name, in order and without repetition.
 
     Args:
         words: `model@setting`, or a setting alone for that of dinat_mini; `:pattern` behind it chooses among its
             layers, such as `56x56*` or `*-d1`. A word may hold several with commas between them.
-        dim: Channels of a head.
+        dim: Channels of a head; each model's own by default.
         batch: Images, as in `layers_of`.
     """
     found = [layer for word in split(words) for layer in _layers_of_word(word, dim, batch)]
@@ -46,9 +48,11 @@ def find_layers(words: Iterable[str], dim: int = HEAD_DIM, batch: int = 1) -> li
     return list(dict.fromkeys(found))
 
 
-def _layers_of_word(word: str, dim: int, batch: int) -> list[Layer]:
+def _layers_of_word(word: str, dim: int | None, batch: int) -> list[Layer]:
     name, _, pattern = word.partition(":")
-    check_names("layers", [name], [*SETTINGS, *(f"{model}@{setting}" for model in SIZES for setting in SETTINGS)])
+    check_names(
+        "layers", [name], [*SETTINGS, *OTHERS, *(f"{model}@{setting}" for model in SIZES for setting in SETTINGS)]
+    )
     name = f"{DEFAULT_MODEL}@{name}" if name in SETTINGS else name
     layers = layers_of(name, dim, batch)
     chosen = [layer for layer in layers if fnmatch(layer.short_name, pattern or "*")]

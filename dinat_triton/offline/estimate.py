@@ -41,6 +41,10 @@ class Step:
 
     @property
     def reads_table(self) -> bool:
+        return self.walks_chunks and self.layer.has_bias
+
+    @property
+    def walks_chunks(self) -> bool:
         constants = self.variant.constants
         return not constants.get("ONE_CHUNK", False) and constants.get("ALL_CHUNKS", True) and self.name in CHUNKED
 
@@ -68,12 +72,12 @@ class Step:
         warps = options["num_warps"]
         steps = sweep.exps / (constants["ROWS"] * constants["CHUNK"])
         tiles = self.schedule.layout.plan.num_tiles * self.layer.maps
-        items = tiles if self.reads_table else 0  # else a step is an item's only one
+        items = tiles if self.walks_chunks else 0  # else a step is an item's only one
         instructions = steps * report.chunk_length + items * report.item_length
         exchanged = warps * (steps * report.chunk_exchange + items * report.item_exchange)
         # What a program waits for in one step; a pipeline loads ahead, all but the indices.
         wait = (traffic.products + 1) * COMPUTE + (LOAD if options["num_stages"] == 1 else 0)
-        wait += INDEX if self.reads_table else 0
+        wait += INDEX if self.walks_chunks else 0
         return {
             "memory": (sweep.bytes + self._partials()) / target.memory,
             "L2": loaded / target.cache,

@@ -108,7 +108,9 @@ def variants_of(
     """
     preset, geometry, scale = Preset(target.architecture, configs), layer.geometry, layer.dim**-0.5
     qkv = torch.empty(layer.batch, *layer.shape, 3, layer.heads, layer.dim, device="meta", dtype=dtype)
-    rpb = torch.empty(layer.heads, *geometry.bias_shape, device="meta", dtype=dtype)
+    rpb = None
+    if layer.has_bias:
+        rpb = torch.empty(layer.heads, *geometry.bias_shape, device="meta", dtype=dtype)
     with _recording(target) as variants:
         out, lse = attention.forward([qkv], rpb, None, geometry, scale, 0.0, True, preset)
         grads = [torch.empty_like(qkv)]
