@@ -49,7 +49,7 @@ SECONDS = 0.3
 
 def prepare_ours(layer: Layer, inputs: Inputs, backend: str, bias: bool = True) -> Attention:
     function = (dt.na1d, dt.na2d, dt.na3d)[len(layer.shape) - 1]
-    window: dict[str, Any] = {"kernel_size": layer.kernel_size, "dilation": layer.dilation}
+    window: dict[str, Any] = {"kernel_size": layer.kernel_size, "dilation": layer.dilation, "stride": layer.stride}
     rpb, qkv = inputs.rpb if bias else None, (inputs.query, inputs.key, inputs.value)
     return Attention(lambda: function(*qkv, **window, rpb=rpb, backend=backend), inputs.leaves)
 
@@ -95,7 +95,7 @@ class Bench:
 
     def prepare(self, peer: Peer, cell: Cell, inputs: Inputs, record: Record) -> Mapping[str, Callable[[], object]]:
         """A warm call whose output agrees with ours, by its name; or nothing, and the record says why."""
-        record.reason = peer.obstacle(inputs)
+        record.reason = peer.obstacle(cell.layer, inputs)
         if record.reason:
             return {}
         try:

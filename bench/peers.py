@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,12 +24,12 @@ class Inputs:
     query: Tensor
     key: Tensor
     value: Tensor
-    rpb: Tensor
+    rpb: Any  # a tensor, or None in layers without a bias
     grad_out: Tensor
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
-        return self.query, self.key, self.value, self.rpb
+        return tuple(x for x in (self.query, self.key, self.value, self.rpb) if x is not None)
 
     @classmethod
     def of(
@@ -41,10 +41,12 @@ class Inputs:
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device=device).to(dtype)
 
+        def leaf(*shape: int) -> Tensor:
+            return normal(*shape).requires_grad_(requires_grad)
+
         shape = (layer.batch, *layer.shape, layer.heads, layer.dim)
-        bias = normal(layer.heads, *(2 * k - 1 for k in layer.kernel_size))
-        query, key, value, bias = (x.requires_grad_(requires_grad) for x in (*(normal(*shape) for _ in range(3)), bias))
-        return cls(query, key, value, bias, normal(*shape))
+        bias = leaf(layer.heads, *(2 * k - 1 for k in layer.kernel_size)) if layer.has_bias else None
+        return cls(leaf(*shape), leaf(*shape), leaf(*shape), bias, normal(*shape))
 
 
 @dataclass(frozen=True)
@@ -67,18 +69,19 @@ class Peer:
 
     name: str
     prepare: Callable[[Layer, Inputs], Attention]
-    obstacle: Callable[[Inputs], str | None] = lambda inputs: None
+    obstacle: Callable[[Layer, Inputs], str | None] = lambda layer, inputs: None
     has_bias: bool = True
     same_function: bool = True
     graph: bool = False
 
 
-def _axis(size: int, kernel: int, dilation: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _axis(size: int, kernel: int, dilation: int, stride: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Positions of each query's keys on one axis, and their offsets in dilation units; both `[size, kernel]`."""
     position = torch.arange(size, device=device)
     group, query = position % dilation, position // dilation
     length = (size - group + dilation - 1) // dilation
-    start = torch.minimum((query - kernel // 2).clamp(min=0), length - kernel)
+    leader = torch.minimum(query // stride * stride + stride // 2, length - 1)
+    start = torch.minimum((leader - kernel // 2).clamp(min=0), length - kernel)
     members = start[:, None] + torch.arange(kernel, device=device)
     return members * dilation + group[:, None], members - query[:, None]
 
@@ -86,11 +89,16 @@ def _axis(size: int, kernel: int, dilation: int, device: torch.device) -> tuple[
 def neighbors(layer: Layer, device: torch.device) -> tuple[Tensor, Tensor]:
     """Raster indices of each query's keys, and their places in the flattened bias table; `[tokens, keys]`."""
     keys = pairs = torch.zeros(1, 1, dtype=torch.long, device=device)
-    for size, kernel, dilation in zip(layer.shape, layer.kernel_size, layer.dilation, strict=True):
-        positions, offsets = _axis(size, kernel, dilation, device)
+    for size, kernel, dilation, stride in _axes(layer):
+        positions, offsets = _axis(size, kernel, dilation, stride, device)
         keys = _outer(keys * size, positions)
         pairs = _outer(pairs * (2 * kernel - 1), offsets + kernel - 1)
     return keys, pairs
+
+
+def _axes(layer: Layer) -> Iterator[tuple[int, int, int, int]]:
+    """Size, kernel, dilation and stride of each axis."""
+    return zip(layer.shape, layer.kernel_size, layer.dilation, layer.stride, strict=True)
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:
@@ -105,7 +113,9 @@ def prepare_gather(layer: Layer, inputs: Inputs) -> Attention:
     def call() -> Tensor:
         query, key, value = (x.flatten(1, -3) for x in (inputs.query, inputs.key, inputs.value))
         logits = scale * torch.einsum("bnhd,bnkhd->bhnk", query, key[:, keys])
-        probabilities = (logits + inputs.rpb.flatten(1)[:, pairs]).softmax(-1)
+        if inputs.rpb is not None:
+            logits = logits + inputs.rpb.flatten(1)[:, pairs]
+        probabilities = logits.softmax(-1)
         return torch.einsum("bhnk,bnkhd->bnhd", probabilities, value[:, keys]).view_as(inputs.query)
 
     return Attention(call, inputs.leaves)
@@ -121,8 +131,11 @@ def prepare_gather_tuned(layer: Layer, inputs: Inputs) -> Attention:
         query, key, value = (x.flatten(1, -3).transpose(1, 2) for x in (inputs.query, inputs.key, inputs.value))
         near = (layer.batch, layer.heads, *keys.shape, layer.dim)
         key, value = (x.contiguous().index_select(2, flat_keys).view(near) for x in (key, value))
-        bias = inputs.rpb.flatten(1).index_select(1, flat_pairs).view(layer.heads, layer.tokens, 1, -1)
-        probabilities = ((scale * query.unsqueeze(-2)) @ key.transpose(-1, -2) + bias).softmax(-1)
+        logits = (scale * query.unsqueeze(-2)) @ key.transpose(-1, -2)
+        if inputs.rpb is not None:
+            bias = inputs.rpb.flatten(1).index_select(1, flat_pairs)
+            logits = logits + bias.view(layer.heads, layer.tokens, 1, -1)
+        probabilities = logits.softmax(-1)
         return (probabilities @ value).squeeze(-2).transpose(1, 2).reshape(inputs.query.shape)
 
     return Attention(call, inputs.leaves)
@@ -130,7 +143,7 @@ def prepare_gather_tuned(layer: Layer, inputs: Inputs) -> Attention:
 
 def prepare_flex(layer: Layer, inputs: Inputs) -> Attention:
     """Compiled FlexAttention with index arithmetic in both mods, as its examples do it."""
-    kernel_size, dilation, shape, rpb = layer.kernel_size, layer.dilation, layer.shape, inputs.rpb
+    axes, shape, rpb = list(_axes(layer)), layer.shape, inputs.rpb
 
     def coordinates(index: Tensor) -> list[Tensor]:
         found = []
@@ -141,18 +154,19 @@ def prepare_flex(layer: Layer, inputs: Inputs) -> Attention:
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         visible = q >= 0
-        for i, j, size, k, d in zip(coordinates(q), coordinates(kv), shape, kernel_size, dilation, strict=True):
+        for i, j, (size, k, d, s) in zip(coordinates(q), coordinates(kv), axes, strict=True):
             length = (size - i % d + d - 1) // d
-            start = torch.minimum((i // d - k // 2).clamp(min=0), length - k)
+            leader = torch.minimum(i // d // s * s + s // 2, length - 1)
+            start = torch.minimum((leader - k // 2).clamp(min=0), length - k)
             visible = visible & (i % d == j % d) & (j // d >= start) & (j // d < start + k)
         return visible
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        axes = zip(coordinates(q), coordinates(kv), kernel_size, dilation, strict=True)
+        pairs = zip(coordinates(q), coordinates(kv), axes, strict=True)
         # Pairs outside the window are scored before they are masked, so their indices have to be legal too.
-        return score + rpb[(h, *((j // d - i // d + k - 1).clamp(0, 2 * k - 2) for i, j, k, d in axes))]
+        return score + rpb[(h, *((j // d - i // d + k - 1).clamp(0, 2 * k - 2) for i, j, (_, k, d, _) in pairs))]
 
-    return _compile_flex(layer, inputs, mask_mod, score_mod)
+    return _compile_flex(layer, inputs, mask_mod, None if rpb is None else score_mod)
 
 
 def prepare_flex_tuned(layer: Layer, inputs: Inputs) -> Attention:
@@ -161,9 +175,9 @@ def prepare_flex_tuned(layer: Layer, inputs: Inputs) -> Attention:
     Each axis gets a coordinate in which residue classes lie too far apart to see each other: one comparison then
     decides class and window at once, and differences of coordinates index the bias.
     """
-    kernel_size, flat_rpb = layer.kernel_size, inputs.rpb.flatten(1)
+    kernel_size, flat_rpb = layer.kernel_size, None if inputs.rpb is None else inputs.rpb.flatten(1)
     own, first = _class_coordinates(layer, inputs.query.device)
-    last = flat_rpb.shape[1] - 1
+    last = math.prod(2 * k - 1 for k in kernel_size) - 1
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         visible = q >= 0
@@ -178,15 +192,15 @@ def prepare_flex_tuned(layer: Layer, inputs: Inputs) -> Attention:
             pair = pair * (2 * k - 1) + coordinate[kv] - coordinate[q] + k - 1
         return score + flat_rpb[h, pair.clamp(0, last)]
 
-    return _compile_flex(layer, inputs, mask_mod, score_mod)
+    return _compile_flex(layer, inputs, mask_mod, None if flat_rpb is None else score_mod)
 
 
 def _class_coordinates(layer: Layer, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
     """Per axis, `[tokens]` each: a token's coordinate, and that of the first key it sees."""
     own: list[Tensor] = []
     first: list[Tensor] = []
-    for axis, (size, kernel, dilation) in enumerate(zip(layer.shape, layer.kernel_size, layer.dilation, strict=True)):
-        start = _axis(size, kernel, dilation, device)[0][:, 0]
+    for axis, (size, kernel, dilation, stride) in enumerate(_axes(layer)):
+        start = _axis(size, kernel, dilation, stride, device)[0][:, 0]
         apart = size + kernel
         to_tokens = [1] * len(layer.shape)
         to_tokens[axis] = size
@@ -242,7 +256,9 @@ def prepare_sdpa(layer: Layer, inputs: Inputs) -> Attention:
 
     def call() -> Tensor:
         query, key, value = (x.flatten(1, -3).transpose(1, 2) for x in (inputs.query, inputs.key, inputs.value))
-        near = inputs.rpb.flatten(1).index_select(1, pairs).view(keys.shape)
+        near = query.new_zeros(keys.shape)
+        if inputs.rpb is not None:
+            near = inputs.rpb.flatten(1).index_select(1, pairs).view(keys.shape)
         bias = near.new_full((heads, tokens, tokens), -torch.inf).scatter(2, keys, near)
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         return out.transpose(1, 2).view_as(inputs.query)
@@ -250,13 +266,20 @@ def prepare_sdpa(layer: Layer, inputs: Inputs) -> Attention:
     return Attention(call, inputs.leaves)
 
 
-def sdpa_obstacle(inputs: Inputs, most: int = 4 << 30) -> str | None:
-    heads, tokens = inputs.query.shape[-2], math.prod(inputs.query.shape[1:-2])
-    needed = heads * tokens**2 * inputs.query.element_size()
-    return f"its bias would take {needed / 2**30:.0f} GiB" if needed > most else None
+MOST_ROOM = 1 << 30
 
 
-def flex_obstacle(inputs: Inputs) -> str | None:
+def sdpa_obstacle(layer: Layer, inputs: Inputs) -> str | None:
+    needed = layer.heads * layer.tokens**2 * inputs.query.element_size()
+    return f"its bias would take {needed / 2**30:.0f} GiB" if needed > MOST_ROOM else None
+
+
+def gather_obstacle(layer: Layer, inputs: Inputs) -> str | None:
+    needed = 2 * inputs.query.nbytes * math.prod(layer.kernel_size)
+    return f"its keys and values would take {needed / 2**30:.0f} GiB" if needed > MOST_ROOM else None
+
+
+def flex_obstacle(layer: Layer, inputs: Inputs) -> str | None:
     if inputs.query.device.type == "cpu" and inputs.query.requires_grad:
         return "FlexAttention has no backward on the CPU"
     return None
@@ -265,7 +288,7 @@ def flex_obstacle(inputs: Inputs) -> str | None:
 def prepare_natten(layer: Layer, inputs: Inputs, backend: str | None = None) -> Attention:
     """NATTEN as its users call it, without a bias: it has none. Unless one is named it chooses its backend."""
     function = getattr(importlib.import_module("natten"), f"na{len(layer.shape)}d")
-    options = {"kernel_size": layer.kernel_size, "dilation": layer.dilation, "backend": backend}
+    options = {"kernel_size": layer.kernel_size, "dilation": layer.dilation, "stride": layer.stride, "backend": backend}
 
     def call() -> Tensor:
         return function(inputs.query, inputs.key, inputs.value, **options)
@@ -298,8 +321,10 @@ def prepare_swin(layer: Layer, inputs: Inputs) -> Attention:
     return Attention(lambda: attention(windows).view_as(inputs.query), leaves)
 
 
-def swin_obstacle(inputs: Inputs) -> str | None:
-    shape = inputs.query.shape[1:-2]
+def swin_obstacle(layer: Layer, inputs: Inputs) -> str | None:
+    shape = layer.shape
+    if not layer.has_bias:
+        return "it always has a bias"
     if len(shape) != 2 or any(size % SWIN_WINDOW for size in shape):
         return f"its windows of {SWIN_WINDOW}x{SWIN_WINDOW} do not tile this map"
     return None
@@ -314,8 +339,8 @@ PEERS = {
         Peer("natten-cutlass-fna", partial(prepare_natten, backend="cutlass-fna"), has_bias=False),
         Peer("natten-hopper-fna", partial(prepare_natten, backend="hopper-fna"), has_bias=False),
         Peer("sdpa", prepare_sdpa, sdpa_obstacle),
-        Peer("gather", prepare_gather),
-        Peer("gather-tuned", prepare_gather_tuned),
+        Peer("gather", prepare_gather, gather_obstacle),
+        Peer("gather-tuned", prepare_gather_tuned, gather_obstacle),
         Peer("swin", prepare_swin, swin_obstacle, same_function=False),
     )
 }

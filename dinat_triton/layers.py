@@ -68,7 +68,7 @@ class Layer:
         kernel_size: Along each axis.
         dim: Channels of a head.
         batch: Images.
-        stride: Along each axis.
+        stride: Along each axis; 1 by default.
         has_bias: Whether it has a relative positional bias.
     """
 
@@ -80,8 +80,11 @@ class Layer:
     kernel_size: tuple[int, ...] = (KERNEL_SIZE, KERNEL_SIZE)
     dim: int = HEAD_DIM
     batch: int = 1
-    stride: tuple[int, ...] = (1,)
+    stride: tuple[int, ...] = ()
     has_bias: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stride", self.stride or (1,) * len(self.shape))
 
     @property
     def geometry(self) -> Geometry:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import dinat_triton  # noqa: F401  (registers the ops)
+from dinat_triton.functional import window_of
 from dinat_triton.layers import Layer
 from dinat_triton.tuner.search import Rejection
 
@@ -75,7 +76,7 @@ class LayerRun:
             return torch.randn(shape, generator=generator, device=device).to(dtype)
 
         self.qkv = normal(layer.batch, *layer.shape, 3, layer.heads, layer.dim)
-        self.rpb = normal(layer.heads, *layer.geometry.bias_shape)
+        self.rpb = normal(layer.heads, *layer.geometry.bias_shape) if layer.has_bias else None
         self.grad_out = normal(layer.batch, *layer.shape, layer.heads, layer.dim)
         self.wrong: dict[Hashable, str | None] = {}
 
@@ -93,7 +94,7 @@ class LayerRun:
         """Output, and what the backward needs to know besides."""
         return self.backend.forward([self.qkv], self.rpb, None, *self.fixed, False, **self.given(choice))
 
-    def backward(self, choice: Hashable, saved: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def backward(self, choice: Hashable, saved: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Gradients of the packed qkv and of the bias."""
         grad = torch.empty_like(self.qkv)
         inputs = ([self.qkv], self.rpb, None, *saved, self.grad_out, None, *self.fixed)
@@ -114,17 +115,18 @@ class LayerRun:
     @cached_property
     def truth(self) -> dict[str, Tensor]:
         """Output and gradients in float64, by the reference where its copies of the keys are not too large."""
-        qkv, rpb = (x.double().requires_grad_() for x in (self.qkv, self.rpb))
+        qkv = self.qkv.double().requires_grad_()
+        rpb = None if self.rpb is None else self.rpb.double().requires_grad_()
         geometry = self.layer.geometry
         keys = 2 * 8 * self.qkv[..., 0, :, :].numel() * geometry.num_pairs // geometry.num_tokens
         room = ROOM[self.device.type]
         if self.device.type == "cuda":  # forward and backward hold about four times the gathered keys and values
             room = min(room, torch.cuda.mem_get_info(self.device)[0] // 4)
         backend = "reference" if keys <= room else "tiled"
-        rank = len(self.layer.shape)
-        window = [*self.layer.kernel_size, *[1] * rank, *self.layer.dilation, *[0] * rank]
+        window = window_of(geometry.rank, geometry.kernel_size, geometry.stride, geometry.dilation, False)
         out, _ = torch.ops.dinat_triton.na([qkv], window, rpb, None, 0.0, False, backend)
-        return _named(out.detach(), *torch.autograd.grad(out, (qkv, rpb), self.grad_out.double()))
+        leaves = [x for x in (qkv, rpb) if x is not None]
+        return _named(out.detach(), *torch.autograd.grad(out, leaves, self.grad_out.double()))
 
     def check(self, choice: Hashable) -> str | None:
         """Errors of the output and the gradients, or None if all are small; unwritten elements count as wrong."""
@@ -138,6 +140,6 @@ class LayerRun:
         return f"wrong {', '.join(f'{k} (error {v:.1e})' for k, v in wrong.items())}; {allowed:.1e} is allowed"
 
 
-def _named(out: Tensor, grad: Tensor, grad_rpb: Tensor) -> dict[str, Tensor]:
+def _named(out: Tensor, grad: Tensor, grad_rpb: Tensor | None = None) -> dict[str, Tensor]:
     grads = dict(zip(("dq", "dk", "dv"), grad.unbind(-3), strict=True))
-    return {"out": out, **grads, "drpb": grad_rpb}
+    return {"out": out, **grads} | ({} if grad_rpb is None else {"drpb": grad_rpb})
