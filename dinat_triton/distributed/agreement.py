@@ -5,24 +5,24 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from dinat_triton.distributed.shares import chunks
 
 # What has to be alike on every rank: the name of each argument, and its value or its form.
 Description = tuple[tuple[str, Any], ...]
 
 
-@lru_cache(maxsize=4096)
-def agree(mesh: DeviceMesh, description: Description, local: tuple[Any, ...], problem: Exception | None) -> None:
+def agree(mesh: DeviceMesh, description: Description, problem: Exception | None) -> None:
     """Raises on every rank if one has a problem, or describes a call otherwise than the others.
-
-    The ranks tell each other once for every new description. One that has told its own before waits no more, so a
-    difference that arises later shows as a time-out of the process group.
 
     Args:
         mesh: The ranks.
         description: What is to be alike.
-        local: What may differ between ranks but decides whether this one has a problem.
         problem: What is wrong on this rank.
     """
     found = problem
@@ -32,6 +32,19 @@ def agree(mesh: DeviceMesh, description: Description, local: tuple[Any, ...], pr
         found = found or _first_problem(reports)
     if found is not None:
         raise found
+
+
+@lru_cache(maxsize=4096)
+def agree_once(mesh: DeviceMesh, description: Description, local: tuple[Any, ...], problem: Exception | None) -> None:
+    """The same, but for calls that this rank has described before: asking takes longer than a small layer.
+
+    A rank that need not ask waits for others that do, until the time-out of the process group.
+
+    Args:
+        mesh, description, problem: As `agree` has them.
+        local: What may differ between ranks, but decides whether this one has a problem.
+    """
+    agree(mesh, description, problem)
 
 
 def _first_problem(reports: list[tuple[Description, Exception | None]]) -> Exception | None:
@@ -44,3 +57,30 @@ def _first_problem(reports: list[tuple[Description, Exception | None]]) -> Excep
             if value != first.get(name):
                 return ValueError(f"{name} must be alike on all ranks: {first.get(name)} on rank 0, {value} on {rank}")
     return None
+
+
+def form_of(x: Any) -> str:
+    """What of a tensor has to be alike on every rank."""
+    if not isinstance(x, Tensor):
+        return type(x).__name__
+    placements = f" {x.placements} on a mesh of {tuple(x.device_mesh.shape)}" if isinstance(x, DTensor) else ""
+    return f"{tuple(x.shape)} {x.dtype}{placements}"
+
+
+@torch.no_grad()
+def local_shape(x: DTensor) -> tuple[int, ...]:
+    return tuple(x.to_local().shape)
+
+
+def check_local_part(name: str, x: DTensor) -> None:
+    """Refuses a local part that is not what DTensor gives this rank of the whole; `from_local` takes any."""
+    mesh, expected = x.device_mesh, list(x.shape)
+    for dim, placement in enumerate(x.placements):
+        if type(placement) is Shard:
+            pieces = chunks(expected[placement.dim], mesh.size(dim))
+            expected[placement.dim] = len(pieces[mesh.get_local_rank(dim)])
+    if local_shape(x) != tuple(expected):
+        raise ValueError(
+            f"{name} must have a local part of shape {tuple(expected)}, as torch.chunk cuts {tuple(x.shape)}, "
+            f"got {local_shape(x)}"
+        )

@@ -37,6 +37,7 @@ class Part:
     group: dist.ProcessGroup
 
 
+@torch.compiler.disable
 def attend(
     query: Tensor,
     key: Tensor,

@@ -11,10 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dinat_triton.checks import check_dropout, check_rank, check_rpb, check_scale, check_tensors
-from dinat_triton.distributed.agreement import agree
+from dinat_triton.distributed.agreement import agree_once, check_local_part, form_of, local_shape
 from dinat_triton.distributed.attention import Cut, attend
 from dinat_triton.distributed.gradients import shared
-from dinat_triton.distributed.shares import chunks
 from dinat_triton.functional import window_of
 from dinat_triton.geometry import geometry_of
 
@@ -35,28 +34,15 @@ def na(
         tensors["rpb"] = rpb
     mesh = next(x.device_mesh for x in tensors.values() if isinstance(x, DTensor))
     names = ("kernel_size", "stride", "dilation", "is_causal")
-    alike = [*((name, _form(x)) for name, x in tensors.items()), *zip(names, map(str, window), strict=True)]
-    local = tuple(_local_shape(x) for x in tensors.values() if isinstance(x, DTensor))
-    agree(mesh, (*alike, *options.items()), local, _problem(rank, tensors, mesh, window, options))
+    alike = [*((name, form_of(x)) for name, x in tensors.items()), *zip(names, map(str, window), strict=True)]
+    local = tuple(local_shape(x) for x in tensors.values() if isinstance(x, DTensor))
+    agree_once(mesh, (*alike, *options.items()), local, _problem(rank, tensors, mesh, window, options))
     geometry = geometry_of(tuple(query.shape[1 : 1 + rank]), tuple(window_of(rank, *window)))
     local_rpb = None if rpb is None else _local_bias(rpb, query, rank)
     q, k, v = (x.to_local() for x in (query, key, value))
     out, lse = attend(q, k, v, geometry, _cuts(query, rank), local_rpb, **options)
     outs = _distributed(out, query, (*query.shape[:-1], value.shape[-1]))
     return outs, _distributed(lse, query, tuple(query.shape[:-1])) if options["return_lse"] else None
-
-
-def _form(x: Any) -> str:
-    """What of a tensor has to be alike on every rank."""
-    if not isinstance(x, Tensor):
-        return type(x).__name__
-    placements = f" {x.placements} on a mesh of {tuple(x.device_mesh.shape)}" if isinstance(x, DTensor) else ""
-    return f"{tuple(x.shape)} {x.dtype}{placements}"
-
-
-@torch.no_grad()
-def _local_shape(x: DTensor) -> tuple[int, ...]:
-    return tuple(x.to_local().shape)
 
 
 def _problem(
@@ -89,16 +75,7 @@ def _check_dtensor(name: str, x: Tensor, query: Tensor, mesh: DeviceMesh) -> Non
         raise ValueError(f"{name} must be on the mesh of the other DTensors, {mesh}, got {x.device_mesh}")
     if isinstance(query, DTensor) and x.placements != query.placements:
         raise ValueError(f"{name} must have the placements of query, {query.placements}, got {x.placements}")
-    expected = list(x.shape)
-    for dim, placement in enumerate(x.placements):
-        if type(placement) is Shard:
-            pieces = chunks(expected[placement.dim], mesh.size(dim))
-            expected[placement.dim] = len(pieces[mesh.get_local_rank(dim)])
-    if _local_shape(x) != tuple(expected):
-        raise ValueError(
-            f"{name} must have a local part of shape {tuple(expected)}, as torch.chunk cuts {tuple(x.shape)}, "
-            f"got {_local_shape(x)}"
-        )
+    check_local_part(name, x)
 
 
 def _check_placements(query: DTensor, key: Tensor, rank: int) -> None:

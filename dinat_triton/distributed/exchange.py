@@ -58,6 +58,7 @@ def route(owned: Sequence[IntArray], wanted: Sequence[IntArray], rank: int, devi
     return Route(sends, receives, len(owned[rank]), len(wanted[rank]), int(counts.sum() - counts.trace()) == 0)
 
 
+@torch.compiler.disable
 def exchange(tensors: Sequence[Tensor], dim: int, route: Route, group: dist.ProcessGroup) -> list[Tensor]:
     """Moves tensors of one dtype along their axis `dim` in one collective. Every rank of the group has to call it."""
     return list(_Exchange.apply(dim, route, group, *tensors))
