@@ -2,7 +2,8 @@
 
 `dinat_triton::na` checks its input, picks a backend and is transparent to autograd: the reference runs in the open, so
 that it can be differentiated any way torch can. The fused backends sit behind `dinat_triton::fused`, opaque to the
-compiler, with `dinat_triton::fused_backward` as its gradient.
+compiler, with `dinat_triton::fused_backward` as its gradient and `dinat_triton::fused_jvp` as its derivative in forward
+mode.
 
 The ops take query, key and value as a list: of the three, or of one tensor that packs them before its heads axis. A
 packed input gets a packed gradient, with no copy in between. `window` is kernel_size, stride, dilation and is_causal of
@@ -17,9 +18,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from dinat_triton import dropout, reference, tile_form, tiled
+from dinat_triton import dropout, forward_mode, reference, tile_form, tiled
 from dinat_triton.checks import check_dropout, check_rpb, check_scale, check_tensors
 from dinat_triton.dispatch import resolve
 from dinat_triton.geometry import Geometry, check_fits, geometry_of, split_window
@@ -38,8 +39,13 @@ LIBRARY.define(
     "fused_backward(Tensor[] qkv, Tensor? rpb, Tensor? seed, Tensor? out, Tensor? lse, Tensor grad_out, "
     "Tensor? grad_lse, int[] window, float scale, float dropout_p, str backend) -> (Tensor[], Tensor)"
 )
+LIBRARY.define(
+    "fused_jvp(Tensor[] qkv, Tensor? rpb, Tensor? seed, Tensor[] qkv_tangents, Tensor? rpb_tangent, int[] window, "
+    "float scale, float dropout_p, bool need_lse, str backend) -> (Tensor, Tensor)"
+)
 
 FUSED, FUSED_BACKWARD = torch.ops.dinat_triton.fused.default, torch.ops.dinat_triton.fused_backward.default
+FUSED_JVP = torch.ops.dinat_triton.fused_jvp.default
 
 
 def _geometry(qkv: list[Tensor], window: list[int]) -> Geometry:
@@ -143,6 +149,21 @@ def _fused_backward_fake(qkv, rpb, seed, out, lse, grad_out, grad_lse, window, s
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in qkv], _no_bias(rpb, qkv[0])
 
 
+def _fused_jvp(qkv, rpb, seed, qkv_tangents, rpb_tangent, window, scale, dropout_p, need_lse, backend):
+    if backend != "tiled":
+        raise RuntimeError(
+            f"backend {backend!r} has no forward-mode derivatives; backend='tiled' and backend='reference' have"
+        )
+    if qkv[0].numel() == 0:
+        return _fused_fake(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend)
+    tangents = (qkv_tangents, rpb_tangent)
+    return forward_mode.jvp(qkv, rpb, seed, *tangents, _geometry(qkv, window), scale, dropout_p, need_lse)
+
+
+def _fused_jvp_fake(qkv, rpb, seed, qkv_tangents, rpb_tangent, window, scale, dropout_p, need_lse, backend):
+    return _fused_fake(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend)
+
+
 def _no_bias(rpb: Tensor | None, like: Tensor) -> Tensor:
     """An op must return a tensor even where there is no bias to differentiate."""
     return like.new_empty(0) if rpb is None else torch.empty_like(rpb, memory_format=torch.contiguous_format)
@@ -160,7 +181,9 @@ def _save(ctx, inputs, output):
     """Keeps for the backward what it reads."""
     rpb, seed, window, scale, dropout_p, need_lse, backend, *qkv = inputs
     # Only Triton's backward reads the outputs; others leave them to whoever wants to change them in place.
-    ctx.save_for_backward(*qkv, rpb, seed, *(output if backend == "triton" else (None, None)))
+    saved = (*qkv, rpb, seed, *(output if backend == "triton" else (None, None)))
+    ctx.save_for_backward(*saved)
+    ctx.save_for_forward(*saved)
     ctx.need_lse, ctx.options = need_lse, (window, scale, dropout_p, backend)
     ctx.set_materialize_grads(False)  # no zeros for a log-sum-exp that nobody uses
 
@@ -192,8 +215,12 @@ class Fused(torch.autograd.Function):
         return None if rpb is None else grad_rpb, None, None, None, None, None, None, *grads
 
     @staticmethod
-    def jvp(ctx, *tangents):
-        raise RuntimeError(f"backend {ctx.options[-1]!r} has no forward-mode derivatives; backend='reference' has")
+    def jvp(ctx, rpb_tangent, _seed, _window, _scale, _dropout_p, _need_lse, _backend, *qkv_tangents):
+        *qkv, rpb, seed, _, _ = ctx.saved_tensors
+        tangents = [torch.zeros_like(x) if t is None else t for x, t in zip(qkv, qkv_tangents, strict=True)]
+        window, *options, backend = ctx.options
+        options = (window, *options, ctx.need_lse, backend)
+        return _last_derivative(FUSED_JVP, qkv, rpb, seed, tangents, rpb_tangent, *options)
 
 
 class FusedInTransforms(torch.autograd.Function):
@@ -232,15 +259,14 @@ def _vmap(op, info, in_dims, *args):
     return outputs, tree_map(lambda _: 0, outputs)
 
 
-class FusedBackward(torch.autograd.Function):
-    """`fused_backward`, whose results have no gradient, and say so."""
+class LastDerivative(torch.autograd.Function):
+    """An op whose results have no derivatives, and say so. Its arguments come flat."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(qkv_count, *args):
-        grads, grad_rpb = _below_autograd(FUSED_BACKWARD, list(args[:qkv_count]), *args[qkv_count:])
-        return *grads, grad_rpb
+    def forward(op, spec, *flat):
+        return tuple(tree_leaves(_below_autograd(op, *tree_unflatten(list(flat), spec))))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -250,9 +276,16 @@ class FusedBackward(torch.autograd.Function):
     def backward(ctx, *grads):
         raise RuntimeError(f"backend {ctx.backend!r} has no second derivatives; backend='reference' has")
 
+    jvp = backward
 
-def _fused_backward_autograd(qkv, *args):
-    *grads, grad_rpb = FusedBackward.apply(len(qkv), *qkv, *args)
+
+def _last_derivative(op, *args):
+    flat, spec = tree_flatten(args)
+    return LastDerivative.apply(op, spec, *flat)
+
+
+def _fused_backward_autograd(*args):
+    *grads, grad_rpb = _last_derivative(FUSED_BACKWARD, *args)
     return grads, grad_rpb
 
 
@@ -261,7 +294,10 @@ LIBRARY.impl("fused", _fused, "CompositeExplicitAutograd")
 LIBRARY.impl("fused", _fused_autograd, "Autograd")
 LIBRARY.impl("fused_backward", _fused_backward, "CompositeExplicitAutograd")
 LIBRARY.impl("fused_backward", _fused_backward_autograd, "Autograd")
+LIBRARY.impl("fused_jvp", _fused_jvp, "CompositeExplicitAutograd")
+LIBRARY.impl("fused_jvp", partial(_last_derivative, FUSED_JVP), "Autograd")
 torch.library.register_fake("dinat_triton::fused", _fused_fake, lib=LIBRARY)
 torch.library.register_fake("dinat_triton::fused_backward", _fused_backward_fake, lib=LIBRARY)
-for _op in (FUSED, FUSED_BACKWARD):
+torch.library.register_fake("dinat_triton::fused_jvp", _fused_jvp_fake, lib=LIBRARY)
+for _op in (FUSED, FUSED_BACKWARD, FUSED_JVP):
     torch.library.register_vmap(_op, partial(_vmap, _op), lib=LIBRARY)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.library import opcheck
 
 import dinat_triton as dt
@@ -88,14 +87,10 @@ def test_outputs_can_be_changed_in_place(backend: str, kernel: int) -> None:
     assert torch.equal(torch.autograd.grad(out.sum() + lse.sum(), x)[0], expected[0])
 
 
-def test_forward_mode_is_refused_rather_than_lost() -> None:
-    x = torch.randn(1, 5, 5, 2, 4)
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(x, torch.ones_like(x))
-        with pytest.raises(RuntimeError, match="backend 'tiled' has no forward-mode derivatives; backend='reference'"):
-            dt.na2d(dual, x, x, 3)
-        out = dt.na2d(dual, x, x, 3, backend="reference")
-        assert forward_ad.unpack_dual(out).tangent.any()
+def test_triton_refuses_forward_mode() -> None:
+    x, window = torch.randn(1, 5, 5, 3, 2, 4), [3, 3, 1, 1, 1, 1, 0, 0]
+    with pytest.raises(RuntimeError, match="backend 'triton' has no forward-mode derivatives; backend='tiled' and"):
+        torch.ops.dinat_triton.fused_jvp([x], None, None, [x], None, window, 0.5, 0.0, False, "triton")
 
 
 @pytest.mark.parametrize(("backend", "dynamic"), [("tiled", False), ("tiled", True), ("reference", False)])

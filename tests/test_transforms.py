@@ -1,14 +1,18 @@
 """torch.func on the fused backends, and torch.jit.trace."""
 
+import random
 from collections.abc import Callable
 
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import dinat_triton as dt
+from tests.oracles.cases import NA, Case, make_case
+from tests.oracles.sampling import Sample, samples
 
 Attend = Callable[..., Tensor]
 
@@ -34,7 +38,31 @@ def jacobian(attend: Attend, q: Tensor, rpb: Tensor) -> Tensor:
     return jacrev(lambda rpb: attend(q, rpb)[0, 0, 1])(rpb)
 
 
-@pytest.mark.parametrize("derivative", [both, of_each_sample, of_a_batch, in_autograd, jacobian])
+def along(attend: Attend, q: Tensor, rpb: Tensor) -> tuple[Tensor, ...]:
+    return jvp(attend, (q, rpb), (q.cos(), rpb.sin()))
+
+
+def of_a_batch_of_directions(attend: Attend, q: Tensor, rpb: Tensor) -> tuple[Tensor, ...]:
+    return vmap(lambda q, t: jvp(lambda q: attend(q[None], rpb), (q,), (t,)))(q, q.cos())
+
+
+def forward_jacobian(attend: Attend, q: Tensor, rpb: Tensor) -> Tensor:
+    return jacfwd(lambda rpb: attend(q, rpb)[0, 0, 1])(rpb)
+
+
+DERIVATIVES = [
+    both,
+    of_each_sample,
+    of_a_batch,
+    in_autograd,
+    jacobian,
+    along,
+    of_a_batch_of_directions,
+    forward_jacobian,
+]
+
+
+@pytest.mark.parametrize("derivative", DERIVATIVES)
 @pytest.mark.parametrize("output", [0, 1])  # the attention, or its log-sum-exp
 def test_transforms_agree_with_the_reference(derivative: Callable, output: int) -> None:
     q, rpb = torch.randn(2, 6, 6, 2, 4), torch.randn(2, 5, 5)
@@ -46,16 +74,35 @@ def test_transforms_agree_with_the_reference(derivative: Callable, output: int) 
 
 
 @pytest.mark.parametrize(
-    ("second", "reason"),
+    "second",
     [
-        (lambda f, x: grad(lambda x: grad(f)(x).sum())(x), "second derivatives"),
-        (lambda f, x: hessian(f)(x), "forward-mode derivatives"),
-        (lambda f, x: jvp(f, (x,), (x,)), "forward-mode derivatives"),
+        lambda f, x: grad(lambda x: grad(f)(x).sum())(x),
+        lambda f, x: hessian(f)(x),
+        lambda f, x: grad(lambda x: jvp(f, (x,), (x,))[1])(x),
+        lambda f, x: jvp(lambda x: jvp(f, (x,), (x,))[1], (x,), (x,)),
     ],
 )
-def test_what_only_the_reference_can_do_is_said(second: Callable, reason: str) -> None:
-    with pytest.raises(RuntimeError, match=f"backend 'tiled' has no {reason}; backend='reference' has"):
+def test_what_only_the_reference_can_do_is_said(second: Callable) -> None:
+    with pytest.raises(RuntimeError, match="backend 'tiled' has no second derivatives; backend='reference' has"):
         second(lambda x: dt.na2d(x, x, x, 3, backend="tiled").sin().sum(), torch.randn(1, 4, 4, 1, 2))
+
+
+@pytest.mark.parametrize("sample", samples(12, seed=5, max_tokens=200), ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_forward_mode_agrees_with_the_reference(sample: Sample, dropout_p: float) -> None:
+    case = make_case(sample, random.Random(0), dropout_p=dropout_p)
+    found, expected = (tangents(case, backend) for backend in ("tiled", "reference"))
+    torch.testing.assert_close(found, expected)
+
+
+def tangents(case: Case, backend: str) -> tuple[Tensor, ...]:
+    """Of output and log-sum-exp, along a random direction."""
+    torch.manual_seed(1)
+    with forward_ad.dual_level():
+        leaves = [forward_ad.make_dual(x, torch.randn_like(x)) for x in case.leaves]
+        options = case.sample.kwargs() | {"scale": case.scale, "rpb": leaves[3] if len(leaves) == 4 else None}
+        options |= {"dropout_p": case.dropout_p, "return_lse": True, "backend": backend}
+        return tuple(forward_ad.unpack_dual(x).tangent for x in NA[case.sample.rank](*leaves[:3], **options))
 
 
 def test_an_ensemble_of_layers_is_one_vmap() -> None:
