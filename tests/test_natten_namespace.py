@@ -1,10 +1,8 @@
 """NATTEN's names, in the spellings of its versions, against the formulas, and a module as the NAT repository has it."""
 
 import inspect
-import math
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -24,28 +22,16 @@ def leaf(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
-def windows_of(sample: sampling.Sample) -> tuple[Tensor, Tensor]:
-    """Per query and slot of the whole kernel's row-major window: the key and its place in the flat bias, -1 if none."""
-    hoods = brute.neighborhoods(sample.shape, **sample.kwargs())
-    found = torch.full((2, len(hoods), math.prod(sample.kernel_size)), -1)
-    for query, (keys, pairs) in enumerate(hoods):
-        at = np.array(pairs)
-        slots = np.ravel_multi_index((at - at[0]).T, sample.kernel_size)
-        places = np.ravel_multi_index(at.T, [2 * k - 1 for k in sample.kernel_size])
-        found[:, query, slots] = torch.tensor(np.stack((keys, places)))
-    return found[0], found[1]
-
-
 def brute_scores(query: Tensor, key: Tensor, rpb: Tensor | None, sample: sampling.Sample) -> Tensor:
     """The definition of the scores. Slots that a causal window lacks are -inf."""
-    keys, places = windows_of(sample)
+    keys, places = brute.table(sample.shape, *sample.kwargs().values())
     scores = torch.einsum("bhnd,bhnkd->bhnk", query.flatten(2, -2), key.flatten(2, -2)[:, :, keys])
     scores = scores if rpb is None else scores + rpb.flatten(1)[:, places]
     return scores.masked_fill(keys < 0, -torch.inf).unflatten(2, sample.shape)
 
 
 def brute_values(attn: Tensor, value: Tensor, sample: sampling.Sample) -> Tensor:
-    keys, _ = windows_of(sample)
+    keys, _ = brute.table(sample.shape, *sample.kwargs().values())
     weights = attn.flatten(2, -2).masked_fill(keys < 0, 0)
     return torch.einsum("bhnk,bhnkd->bhnd", weights, value.flatten(2, -2)[:, :, keys]).unflatten(2, sample.shape)
 

@@ -13,34 +13,17 @@ from functools import cache
 from types import ModuleType
 from unittest.mock import patch
 
-import torch
 from torch import Tensor
 
-
-def axis_window(size: int, kernel: int, dilation: int) -> tuple[Tensor, Tensor]:
-    """Positions of each query's keys and their offsets into the bias, `[size, kernel]`."""
-    position = torch.arange(size)
-    residue, index = position % dilation, position // dilation
-    length = (size - residue + dilation - 1) // dilation
-    start = torch.minimum((index - kernel // 2).clamp(min=0), length - kernel)
-    keys = start[:, None] + torch.arange(kernel)
-    return keys * dilation + residue[:, None], keys - index[:, None] + kernel - 1
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor, kernel: int, dilation: int) -> Tensor:
-    """The definition, on `[batch, height, width, heads, dim]`."""
-    (rows, row_offsets), (columns, column_offsets) = (axis_window(n, kernel, dilation) for n in query.shape[1:3])
-    at = (slice(None), rows[:, None, :, None], columns[None, :, None, :])  # [height, width, kernel, kernel]
-    bias = rpb[:, row_offsets[:, None, :, None], column_offsets[None, :, None, :]].permute(1, 2, 3, 4, 0)
-    logits = torch.einsum("bhwnd,bhwijnd->bhwijn", query, key[at]) * query.shape[-1] ** -0.5 + bias
-    probabilities = logits.flatten(3, 4).softmax(3).view_as(logits)
-    return torch.einsum("bhwijn,bhwijnd->bhwnd", probabilities, value[at])
+from tests.oracles import brute
 
 
 def _forward(self, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor]:
     heads = (self.num_attention_heads, self.attention_head_size)
     query, key, value = (layer(hidden_states).unflatten(-1, heads) for layer in (self.query, self.key, self.value))
-    return (attention(query, key, value, self.rpb, self.kernel_size, self.dilation).flatten(-2),)
+    window = ((self.kernel_size,) * 2, (self.dilation,) * 2, (1, 1), (False, False))
+    out, _ = brute.attention(query, key, value, *window, self.rpb)
+    return (out.flatten(-2).to(hidden_states.dtype),)
 
 
 @cache

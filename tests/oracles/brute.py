@@ -1,4 +1,4 @@
-"""Neighborhood attention by brute force: plain loops over batch, head and query, one window formula per axis.
+"""Neighborhood attention by brute force: plain loops over the queries find their keys, by one window formula per axis.
 
 Slow, and written from the definition alone, so that it shares nothing with the code that it checks.
 """
@@ -6,7 +6,10 @@ Slow, and written from the definition alone, so that it shares nothing with the 
 import itertools
 import math
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,6 +65,20 @@ def _raster(point: Sequence[int], shape: Sequence[int]) -> int:
     return index
 
 
+@cache
+def table(shape: Sequence[int], *window: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Per query and slot of the whole kernel's row-major window: the key and its place in the flat bias, -1 if none."""
+    kernel_size = window[0]
+    hoods = neighborhoods(shape, *window)
+    found = torch.full((2, len(hoods), math.prod(kernel_size)), -1)
+    for query, (keys, pairs) in enumerate(hoods):
+        at = np.array(pairs)
+        slots = np.ravel_multi_index((at - at[0]).T, kernel_size)
+        places = np.ravel_multi_index(at.T, [2 * k - 1 for k in kernel_size])
+        found[:, query, slots] = torch.tensor(np.stack((keys, places)))
+    return found[0], found[1]
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -74,22 +91,14 @@ def attention(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, *spatial, H, Dv]` and logsumexp `[B, *spatial, H]` in fp64, differentiable in every tensor."""
-    batch, *shape, heads, dim = query.shape
-    sharing = heads // key.shape[-2]
-    scale = dim**-0.5 if scale is None else scale
-    q, k, v = (t.double().flatten(1, len(shape)) for t in (query, key, value))
-    bias = None if rpb is None else rpb.double()
-    hoods = neighborhoods(shape, kernel_size, dilation, stride, is_causal)
-    out, lse = [], []
-    for b in range(batch):
-        for i, (keys, pairs) in enumerate(hoods):
-            for h in range(heads):
-                logits = scale * (k[b, keys, h // sharing] @ q[b, i, h])
-                if bias is not None:
-                    logits = logits + torch.stack([bias[(h, *pair)] for pair in pairs])
-                lse.append(logits.logsumexp(0))
-                out.append((logits - lse[-1]).exp() @ v[b, keys, h // sharing])
-    return (
-        torch.stack(out).view(batch, *shape, heads, value.shape[-1]),
-        torch.stack(lse).view(batch, *shape, heads),
-    )
+    shape, (heads, dim) = query.shape[1:-2], query.shape[-2:]
+    keys, places = table(tuple(shape), kernel_size, dilation, stride, is_causal)
+    query = query.double().flatten(1, -3)
+    # [batch, queries, slots, heads, dim]
+    key, value = (x.double().flatten(1, -3).repeat_interleave(heads // x.shape[-2], -2)[:, keys] for x in (key, value))
+    logits = (dim**-0.5 if scale is None else scale) * torch.einsum("bqhd,bqkhd->bhqk", query, key)
+    if rpb is not None:
+        logits = logits + rpb.double().flatten(1)[:, places]
+    logits = logits.masked_fill(keys < 0, -torch.inf)
+    out = torch.einsum("bhqk,bqkhd->bqhd", logits.softmax(-1), value)
+    return out.unflatten(1, shape), logits.logsumexp(-1).movedim(1, -1).unflatten(1, shape)
