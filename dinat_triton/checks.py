@@ -63,14 +63,15 @@ def check_dropout(dropout_p: float) -> None:
         raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
 
 
-def check_rank(name: str, x: Tensor, rank: int) -> None:
-    """Checks that a public function got tensors of its own rank."""
+def check_rank(name: str, x: Tensor, rank: int, has_sizes: bool = False) -> None:
+    """Checks that a public function got tensors of its own rank; maps whose sizes are given may be packed."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.ndim != rank + 3:
+    if x.ndim != rank + 3 and not (has_sizes and x.ndim == 3):
         axes = (
             ", ".join(("batch", *("depth", "height", "width")[3 - rank :], "heads", "dim"))
             if rank > 1
             else ("batch, length, heads, dim")
         )
-        raise ValueError(f"{name} must be [{axes}], got shape {tuple(x.shape)}")
+        packed = " or [tokens of all maps, heads, dim]" if has_sizes else ""
+        raise ValueError(f"{name} must be [{axes}]{packed}, got shape {tuple(x.shape)}")

@@ -16,11 +16,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dinat_triton import ops, tiled  # noqa: F401  (ops defines what is counted)
 from dinat_triton.geometry import Geometry, geometry_of
+from dinat_triton.map_batch import map_batch_of
 from dinat_triton.plan import Plan
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Dims:
     """What the work of a call depends on."""
 
     geometry: Geometry
@@ -30,30 +31,33 @@ class Sizes:
     dim: int
     value_dim: int
 
-    @classmethod
-    def of(cls, shapes: list[torch.Size], window: list[int]) -> Sizes:
-        """Those of query, key and value, or of the tensor that packs them."""
-        query, key, value = shapes if len(shapes) == 3 else 3 * [shapes[0][:-3] + shapes[0][-2:]]
-        geometry = geometry_of(tuple(query[1:-2]), tuple(window))
-        return cls(geometry, query[0], query[-2], key[-2], query[-1], value[-1])
-
     def flops(self, scores: int, over_dim: int, over_value_dim: int) -> int:
         """Of so many products over the channels of keys and of values, for so many scores of one map."""
         return 2 * self.batch * self.heads * scores * (over_dim * self.dim + over_value_dim * self.value_dim)
 
 
+def dims_of(shapes: list[torch.Size], window: list[int], sizes: list[int] | None) -> list[Dims]:
+    """Those of query, key and value, or of the tensor that packs them: one for all maps, or one for each."""
+    query, key, value = shapes if len(shapes) == 3 else 3 * [shapes[0][:-3] + shapes[0][-2:]]
+    channels = (query[-2], key[-2], query[-1], value[-1])
+    if sizes is None:
+        return [Dims(geometry_of(tuple(query[1:-2]), tuple(window)), query[0], *channels)]
+    batch = map_batch_of(tuple(query[:-2]), tuple(window), tuple(sizes))
+    return [Dims(geometry, 1, *channels) for geometry in batch.geometries]
+
+
 @register_flop_formula(torch.ops.dinat_triton.fused)
-def useful(qkv, rpb, seed, window, *options, **others) -> int:
+def useful(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend, sizes=None, **others) -> int:
     """The forward, as it is defined."""
-    sizes = Sizes.of(qkv, window)
-    return sizes.flops(sizes.geometry.num_pairs, 1, 1)
+    return sum(dims.flops(dims.geometry.num_pairs, 1, 1) for dims in dims_of(qkv, window, sizes))
 
 
 @register_flop_formula(torch.ops.dinat_triton.fused_backward)
-def useful_backward(qkv, rpb, seed, out, lse, grad_out, grad_lse, window, *options, **others) -> int:
+def useful_backward(
+    qkv, rpb, seed, out, lse, grad_out, grad_lse, window, scale, dropout_p, backend, sizes=None, **others
+) -> int:
     """The backward, as it is defined."""
-    sizes = Sizes.of(qkv, window)
-    return sizes.flops(sizes.geometry.num_pairs, 3, 2)
+    return sum(dims.flops(dims.geometry.num_pairs, 3, 2) for dims in dims_of(qkv, window, sizes))
 
 
 # Products over channels of keys and of values, by the form of a kernel.
@@ -66,35 +70,38 @@ PRODUCTS = {
 }
 
 
-def evaluated(qkv, rpb, seed, window, *options, **others) -> int:
+def evaluated(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend, sizes=None, **others) -> int:
     """The forward, as its plan evaluates it."""
-    return _evaluated(qkv, rpb, window, options[-1], is_backward=False)
+    every = dims_of([x.shape for x in qkv], window, sizes)
+    return sum(_evaluated(dims, qkv[0], rpb is not None, backend, is_backward=False) for dims in every)
 
 
-def evaluated_backward(qkv, rpb, seed, out, lse, grad_out, grad_lse, window, *options, **others) -> int:
+def evaluated_backward(
+    qkv, rpb, seed, out, lse, grad_out, grad_lse, window, scale, dropout_p, backend, sizes=None, **others
+) -> int:
     """The backward, as its plans evaluate it."""
-    return _evaluated(qkv, rpb, window, options[-1], is_backward=True)
+    every = dims_of([x.shape for x in qkv], window, sizes)
+    return sum(_evaluated(dims, qkv[0], rpb is not None, backend, is_backward=True) for dims in every)
 
 
-def _evaluated(qkv: list[Tensor], rpb: Tensor | None, window: list[int], backend: str, is_backward: bool) -> int:
-    sizes = Sizes.of([x.shape for x in qkv], window)
+def _evaluated(dims: Dims, query: Tensor, has_bias: bool, backend: str, is_backward: bool) -> int:
     if backend == "tiled":
-        tile = tiled.choose_tile(sizes.geometry, sizes.batch, sizes.heads, qkv[0].dtype, qkv[0].device.type)
-        scores = Plan(sizes.geometry, tile).cost().scores
-        return sizes.flops(scores, *PRODUCTS["closed_backward" if is_backward else "forward"])
-    sweeps = _kernel_sweeps(sizes, qkv[0], rpb is not None, is_backward)
-    return sum(sizes.flops(plan.cost().scores, *products) for plan, products in sweeps)
+        tile = tiled.choose_tile(dims.geometry, dims.batch, dims.heads, query.dtype, query.device.type)
+        scores = Plan(dims.geometry, tile).cost().scores
+        return dims.flops(scores, *PRODUCTS["closed_backward" if is_backward else "forward"])
+    sweeps = _kernel_sweeps(dims, query, has_bias, is_backward)
+    return sum(dims.flops(plan.cost().scores, *products) for plan, products in sweeps)
 
 
 def _kernel_sweeps(
-    sizes: Sizes, query: Tensor, has_bias: bool, is_backward: bool
+    dims: Dims, query: Tensor, has_bias: bool, is_backward: bool
 ) -> Iterator[tuple[Plan, tuple[int, int]]]:
     """The plan of every launch of the Triton kernels, and its products."""
     from dinat_triton.kernels.schedule import has_closed_backward, plan_of, problem_of
 
-    counts = (sizes.batch, sizes.heads, sizes.kv_heads, sizes.dim, sizes.value_dim)
+    counts = (dims.batch, dims.heads, dims.kv_heads, dims.dim, dims.value_dim)
     tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    problem = problem_of(sizes.geometry, *counts, query.dtype, query.device, tf32)
+    problem = problem_of(dims.geometry, *counts, query.dtype, query.device, tf32)
     names: tuple[str, ...] = ("forward",)
     if is_backward:
         names = ("closed_backward",) if has_closed_backward(problem) else ("query_backward", "key_backward")

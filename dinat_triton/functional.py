@@ -13,6 +13,7 @@ from dinat_triton import ops
 from dinat_triton.checks import check_rank
 from dinat_triton.dispatch import current_backend
 from dinat_triton.geometry import broadcast_bools, broadcast_ints
+from dinat_triton.map_batch import flat_sizes
 
 Ints = int | Sequence[int]
 Bools = bool | Sequence[bool]
@@ -36,10 +37,12 @@ def attend(
     dropout_p: float,
     return_lse: bool,
     backend: str | None,
+    sizes: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op `na`: one node in a compiled or traced graph; in eager mode called without torch's dispatcher between."""
     na = torch.ops.dinat_triton.na if torch.compiler.is_compiling() or torch._C._is_tracing() else ops.na
-    return na(qkv, window, rpb, scale, dropout_p, return_lse, current_backend() if backend is None else backend)
+    backend = current_backend() if backend is None else backend
+    return na(qkv, window, rpb, scale, dropout_p, return_lse, backend, sizes)
 
 
 def _is_sharded(*tensors: Tensor | None) -> bool:
@@ -64,10 +67,12 @@ def _public(rank: int):
         dropout_p: float = 0.0,
         return_lse: bool = False,
         backend: str | None = None,
+        sizes: Sequence[Ints] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         if has_torch_function((query, key, value, rpb)):
             options: dict[str, Any] = {"stride": stride, "dilation": dilation, "is_causal": is_causal, "rpb": rpb}
             options |= {"scale": scale, "dropout_p": dropout_p, "return_lse": return_lse, "backend": backend}
+            options["sizes"] = sizes
             return handle_torch_function(na, (query, key, value, rpb), query, key, value, kernel_size, **options)
         if _is_sharded(query, key, value, rpb):
             from dinat_triton.distributed import dtensors
@@ -76,9 +81,10 @@ def _public(rank: int):
             out, lse = dtensors.na(rank, query, key, value, kernel_size, stride, dilation, is_causal, **rest)
             return out if lse is None else (out, lse)
         for name, x in (("query", query), ("key", key), ("value", value)):
-            check_rank(name, x, rank)
+            check_rank(name, x, rank, sizes is not None)
         window = window_of(rank, kernel_size, stride, dilation, is_causal)
-        out, lse = attend([query, key, value], window, rpb, scale, dropout_p, return_lse, backend)
+        flat = None if sizes is None else flat_sizes(sizes, rank)
+        out, lse = attend([query, key, value], window, rpb, scale, dropout_p, return_lse, backend, flat)
         return (out, lse) if return_lse else out
 
     axes = ("length",) if rank == 1 else ("depth", "height", "width")[3 - rank :]
@@ -102,6 +108,9 @@ def _public(rank: int):
         dropout_p: Probability of dropping an attention probability. Pass 0 when evaluating.
         return_lse: Whether to return the log-sum-exp of the logits too.
         backend: "triton", "tiled" or "reference"; by default the `use_backend` choice, or else the best that can run.
+        sizes: One shape per map, for a batch of maps of different sizes: each in the top left corner of its batch item,
+            or, with tensors `[tokens of all maps, heads, dim]`, one after the other. Every map is attended to as if it
+            were alone; padding is never read, and zero in outputs and gradients.
 
     Returns:
         `[batch, {", ".join(axes)}, heads, value dim]`, and with `return_lse` the log-sum-exp without its last axis.

@@ -7,7 +7,7 @@ mode.
 
 The ops take query, key and value as a list: of the three, or of one tensor that packs them before its heads axis. A
 packed input gets a packed gradient, with no copy in between. `window` is kernel_size, stride, dilation and is_causal of
-all axes, one after the other.
+all axes, one after the other; `sizes`, of a batch of maps of different sizes, the axes of all maps.
 """
 
 from __future__ import annotations
@@ -20,28 +20,30 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from dinat_triton import dropout, forward_mode, reference, tile_form, tiled
+from dinat_triton import dropout, forward_mode, reference, tile_form, tiled, tiled_maps
 from dinat_triton.checks import check_dropout, check_rpb, check_scale, check_tensors
 from dinat_triton.dispatch import resolve
 from dinat_triton.geometry import Geometry, check_fits, geometry_of, split_window
+from dinat_triton.map_batch import MapBatch, map_batch_of
 from dinat_triton.packing import unpack
 
 LIBRARY = torch.library.Library("dinat_triton", "DEF")
 LIBRARY.define(
     "na(Tensor[] qkv, int[] window, Tensor? rpb=None, float? scale=None, float dropout_p=0.0, bool return_lse=False, "
-    "str? backend=None) -> (Tensor, Tensor)"
+    "str? backend=None, int[]? sizes=None) -> (Tensor, Tensor)"
 )
 LIBRARY.define(
     "fused(Tensor[] qkv, Tensor? rpb, Tensor? seed, int[] window, float scale, float dropout_p, bool need_lse, "
-    "str backend) -> (Tensor, Tensor)"
+    "str backend, int[]? sizes=None) -> (Tensor, Tensor)"
 )
 LIBRARY.define(
     "fused_backward(Tensor[] qkv, Tensor? rpb, Tensor? seed, Tensor? out, Tensor? lse, Tensor grad_out, "
-    "Tensor? grad_lse, int[] window, float scale, float dropout_p, str backend) -> (Tensor[], Tensor)"
+    "Tensor? grad_lse, int[] window, float scale, float dropout_p, str backend, int[]? sizes=None) "
+    "-> (Tensor[], Tensor)"
 )
 LIBRARY.define(
     "fused_jvp(Tensor[] qkv, Tensor? rpb, Tensor? seed, Tensor[] qkv_tangents, Tensor? rpb_tangent, int[] window, "
-    "float scale, float dropout_p, bool need_lse, str backend) -> (Tensor, Tensor)"
+    "float scale, float dropout_p, bool need_lse, str backend, int[]? sizes=None) -> (Tensor, Tensor)"
 )
 
 FUSED, FUSED_BACKWARD = torch.ops.dinat_triton.fused.default, torch.ops.dinat_triton.fused_backward.default
@@ -52,8 +54,22 @@ def _geometry(qkv: list[Tensor], window: list[int]) -> Geometry:
     return geometry_of(tuple(map(int, qkv[0].shape[1 : 1 + len(window) // 4])), tuple(window))
 
 
-def _check_window(qkv: list[Tensor], window: list[int]) -> Geometry:
-    """The geometry of a call; in a graph for maps of all sizes that of the smallest map, which has the same bias."""
+def _map_batch(qkv: list[Tensor], window: list[int], sizes: list[int]) -> MapBatch:
+    lead = qkv[0].shape[: -2 if len(qkv) == 3 else -3]
+    return map_batch_of(tuple(map(int, lead)), tuple(window), tuple(map(int, sizes)))
+
+
+def _problem(qkv: list[Tensor], window: list[int], sizes: list[int] | None) -> Geometry | MapBatch:
+    return _geometry(qkv, window) if sizes is None else _map_batch(qkv, window, sizes)
+
+
+def _check_window(qkv: list[Tensor], window: list[int], sizes: list[int] | None) -> Geometry:
+    """The geometry of a call.
+
+    Of maps of different sizes, and in a graph for maps of all sizes, one of these, because all have the same bias.
+    """
+    if sizes is not None:
+        return _map_batch(qkv, window, sizes).geometries[0]
     shape = qkv[0].shape[1 : 1 + len(window) // 4]
     if torch.SymInt not in map(type, shape):
         return geometry_of(tuple(map(int, shape)), tuple(window))
@@ -74,33 +90,40 @@ def na(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     backend: str | None = None,
+    sizes: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     if _is_autocast_on(device := qkv[0].device.type):
         low = torch.get_autocast_dtype(device)
         qkv = [x if x.dtype == torch.float64 else x.to(low) for x in qkv]
         with torch.autocast(device, enabled=False):  # it must not round what is computed from these
-            return na(qkv, window, rpb, scale, dropout_p, return_lse, backend)
+            return na(qkv, window, rpb, scale, dropout_p, return_lse, backend, sizes)
     query, key, value = unpack(qkv)
     check_tensors(query, key, value)
     check_scale(scale)
     check_dropout(dropout_p)
     try:
-        geometry = _check_window(qkv, window)
+        geometry = _check_window(qkv, window, sizes)
     except ValueError as error:
+        if sizes is not None:
+            raise
         read = "[batch, *map, heads, dim]"
         raise ValueError(f"{error}. Tensors are {read}, and query has shape {tuple(query.shape)}") from None
     if rpb is not None:
         check_rpb(rpb, query, geometry)
     if type(query) is not Tensor and torch.onnx.is_in_onnx_export():
-        return opened(qkv, window, rpb, scale, dropout_p)
+        return opened(qkv, window, rpb, scale, dropout_p, sizes=sizes)
     backend = resolve(backend, query, key, value, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     seed = dropout.new_seed(query.device) if dropout_p > 0 else None
     if backend == "reference":
-        return reference.attention(query, key, value, rpb, seed, _geometry(qkv, window), scale, dropout_p)
+
+        def attend(qkv, geometry, seed):
+            return reference.attention(*unpack(qkv), rpb, seed, geometry, scale, dropout_p)
+
+        return _attend_by_map(attend, qkv, seed, _problem(qkv, window, sizes))
     # Triton's backward reads the log-sum-exp; writing it costs next to nothing. The tiled backward recomputes it.
     need_lse = return_lse or backend == "triton"
-    return _fused_autograd(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend)
+    return _fused_autograd(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend, sizes)
 
 
 def opened(
@@ -109,59 +132,80 @@ def opened(
     rpb: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
-    *options: object,
+    return_lse: bool = False,
+    backend: str | None = None,
+    sizes: list[int] | None = None,
     may_hide: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The op `na` as a graph of plain torch operations, for exporters: nothing of this package is left in it."""
     if dropout_p > 0:
         raise ValueError(f"dropout_p must be 0 in a model that is exported, got {dropout_p}: call its eval() first")
     scale = qkv[0].shape[-1] ** -0.5 if scale is None else scale
-    return tile_form.attention(qkv, rpb, _geometry(qkv, window), scale, may_hide)
+
+    def attend(qkv, geometry, seed):
+        return tile_form.attention(qkv, rpb, geometry, scale, may_hide)
+
+    return _attend_by_map(attend, qkv, None, _problem(qkv, window, sizes))
 
 
-def _fused(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend):
+def _attend_by_map(attend, qkv, seed, problem: Geometry | MapBatch) -> tuple[Tensor, Tensor]:
+    """What a function gives that takes one geometry at a time."""
+    if isinstance(problem, MapBatch):
+        return problem.attend(attend, qkv, seed)
+    return attend(qkv, problem, seed)
+
+
+def _fused(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend, sizes=None):
     if qkv[0].numel() == 0:
-        return _fused_fake(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend)
-    return _module(backend).forward(qkv, rpb, seed, _geometry(qkv, window), scale, dropout_p, need_lse)
+        return _fused_fake(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend, sizes)
+    problem = _problem(qkv, window, sizes)
+    return _module(backend, sizes).forward(qkv, rpb, seed, problem, scale, dropout_p, need_lse)
 
 
-def _fused_fake(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend):
+def _fused_fake(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend, sizes=None):
     query, _, value = unpack(qkv)
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
     lse = query.new_empty(query.shape[:-1] if need_lse else (0,), dtype=reference.accumulator(query.dtype))
     return out, lse
 
 
-def _fused_backward(qkv, rpb, seed, out, lse, grad_out, grad_lse, window, scale, dropout_p, backend):
+def _fused_backward(qkv, rpb, seed, out, lse, grad_out, grad_lse, window, scale, dropout_p, backend, sizes=None):
     if _is_autocast_on(device := grad_out.device.type):  # the backward's, whatever was on in the forward
         with torch.autocast(device, enabled=False):
-            return _fused_backward(qkv, rpb, seed, out, lse, grad_out, grad_lse, window, scale, dropout_p, backend)
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in qkv]
+            options = (window, scale, dropout_p, backend, sizes)
+            return _fused_backward(qkv, rpb, seed, out, lse, grad_out, grad_lse, *options)
+    new = torch.empty_like if sizes is None else torch.zeros_like  # padding between maps is not written
+    grads = [new(x, memory_format=torch.contiguous_format) for x in qkv]
     if qkv[0].numel() == 0:
         return grads, _no_bias(rpb, grad_out).zero_()
-    grad_rpb = _module(backend).backward(
-        qkv, rpb, seed, out, lse, grad_out, grad_lse, _geometry(qkv, window), scale, dropout_p, grads
+    problem = _problem(qkv, window, sizes)
+    grad_rpb = _module(backend, sizes).backward(
+        qkv, rpb, seed, out, lse, grad_out, grad_lse, problem, scale, dropout_p, grads
     )
     return grads, _no_bias(rpb, grad_out) if grad_rpb is None else grad_rpb
 
 
-def _fused_backward_fake(qkv, rpb, seed, out, lse, grad_out, grad_lse, window, scale, dropout_p, backend):
+def _fused_backward_fake(qkv, rpb, seed, out, lse, grad_out, grad_lse, window, scale, dropout_p, backend, sizes=None):
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in qkv], _no_bias(rpb, qkv[0])
 
 
-def _fused_jvp(qkv, rpb, seed, qkv_tangents, rpb_tangent, window, scale, dropout_p, need_lse, backend):
+def _fused_jvp(qkv, rpb, seed, qkv_tangents, rpb_tangent, window, scale, dropout_p, need_lse, backend, sizes=None):
     if backend != "tiled":
         raise RuntimeError(
             f"backend {backend!r} has no forward-mode derivatives; backend='tiled' and backend='reference' have"
         )
     if qkv[0].numel() == 0:
-        return _fused_fake(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend)
-    tangents = (qkv_tangents, rpb_tangent)
-    return forward_mode.jvp(qkv, rpb, seed, *tangents, _geometry(qkv, window), scale, dropout_p, need_lse)
+        return _fused_fake(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend, sizes)
+
+    def attend(both, geometry, seed):
+        qkv, tangents = both[: len(both) // 2], both[len(both) // 2 :]
+        return forward_mode.jvp(qkv, rpb, seed, tangents, rpb_tangent, geometry, scale, dropout_p, need_lse)
+
+    return _attend_by_map(attend, [*qkv, *qkv_tangents], seed, _problem(qkv, window, sizes))
 
 
-def _fused_jvp_fake(qkv, rpb, seed, qkv_tangents, rpb_tangent, window, scale, dropout_p, need_lse, backend):
-    return _fused_fake(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend)
+def _fused_jvp_fake(qkv, rpb, seed, qkv_tangents, rpb_tangent, window, scale, dropout_p, need_lse, backend, sizes=None):
+    return _fused_fake(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend, sizes)
 
 
 def _no_bias(rpb: Tensor | None, like: Tensor) -> Tensor:
@@ -169,9 +213,9 @@ def _no_bias(rpb: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if rpb is None else torch.empty_like(rpb, memory_format=torch.contiguous_format)
 
 
-def _module(backend: str) -> ModuleType:
+def _module(backend: str, sizes: list[int] | None) -> ModuleType:
     if backend == "tiled":
-        return tiled
+        return tiled if sizes is None else tiled_maps
     from dinat_triton.kernels import attention
 
     return attention
@@ -179,12 +223,12 @@ def _module(backend: str) -> ModuleType:
 
 def _save(ctx, inputs, output):
     """Keeps for the backward what it reads."""
-    rpb, seed, window, scale, dropout_p, need_lse, backend, *qkv = inputs
+    rpb, seed, window, scale, dropout_p, need_lse, backend, sizes, *qkv = inputs
     # Only Triton's backward reads the outputs; others leave them to whoever wants to change them in place.
     saved = (*qkv, rpb, seed, *(output if backend == "triton" else (None, None)))
     ctx.save_for_backward(*saved)
     ctx.save_for_forward(*saved)
-    ctx.need_lse, ctx.options = need_lse, (window, scale, dropout_p, backend)
+    ctx.need_lse, ctx.options = need_lse, (window, scale, dropout_p, backend, sizes)
     ctx.set_materialize_grads(False)  # no zeros for a log-sum-exp that nobody uses
 
 
@@ -195,9 +239,9 @@ class Fused(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rpb, seed, window, scale, dropout_p, need_lse, backend, *qkv):
-        inputs = (rpb, seed, window, scale, dropout_p, need_lse, backend, *qkv)
-        outputs = _below_autograd(FUSED, list(qkv), *inputs[:7])
+    def forward(ctx, rpb, seed, window, scale, dropout_p, need_lse, backend, sizes, *qkv):
+        inputs = (rpb, seed, window, scale, dropout_p, need_lse, backend, sizes, *qkv)
+        outputs = _below_autograd(FUSED, list(qkv), *inputs[:8])
         _save(ctx, inputs, outputs)
         return outputs
 
@@ -212,14 +256,14 @@ class Fused(torch.autograd.Function):
         # Where these gradients are recorded in turn, autograd has to learn that they have none.
         call = _fused_backward_autograd if torch.is_grad_enabled() else partial(_below_autograd, FUSED_BACKWARD)
         grads, grad_rpb = call(*arguments)
-        return None if rpb is None else grad_rpb, None, None, None, None, None, None, *grads
+        return None if rpb is None else grad_rpb, None, None, None, None, None, None, None, *grads
 
     @staticmethod
-    def jvp(ctx, rpb_tangent, _seed, _window, _scale, _dropout_p, _need_lse, _backend, *qkv_tangents):
+    def jvp(ctx, rpb_tangent, _seed, _window, _scale, _dropout_p, _need_lse, _backend, _sizes, *qkv_tangents):
         *qkv, rpb, seed, _, _ = ctx.saved_tensors
         tangents = [torch.zeros_like(x) if t is None else t for x, t in zip(qkv, qkv_tangents, strict=True)]
-        window, *options, backend = ctx.options
-        options = (window, *options, ctx.need_lse, backend)
+        *options, backend, sizes = ctx.options
+        options = (*options, ctx.need_lse, backend, sizes)
         return _last_derivative(FUSED_JVP, qkv, rpb, seed, tangents, rpb_tangent, *options)
 
 
@@ -230,17 +274,17 @@ class FusedInTransforms(torch.autograd.Function):
     setup_context, backward, jvp = staticmethod(_save), Fused.backward, Fused.jvp
 
     @staticmethod
-    def forward(rpb, seed, window, scale, dropout_p, need_lse, backend, *qkv):
-        return _below_autograd(FUSED, list(qkv), rpb, seed, window, scale, dropout_p, need_lse, backend)
+    def forward(rpb, seed, window, scale, dropout_p, need_lse, backend, sizes, *qkv):
+        return _below_autograd(FUSED, list(qkv), rpb, seed, window, scale, dropout_p, need_lse, backend, sizes)
 
 
-def _fused_autograd(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend):
+def _fused_autograd(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend, sizes=None):
     if torch._C._are_functorch_transforms_active():
-        return FusedInTransforms.apply(rpb, seed, window, scale, dropout_p, need_lse, backend, *qkv)
+        return FusedInTransforms.apply(rpb, seed, window, scale, dropout_p, need_lse, backend, sizes, *qkv)
     recorded = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in (*qkv, rpb)])
     if recorded or forward_ad._current_level >= 0:
-        return Fused.apply(rpb, seed, window, scale, dropout_p, need_lse, backend, *qkv)
-    return _below_autograd(FUSED, qkv, rpb, seed, window, scale, dropout_p, need_lse, backend)
+        return Fused.apply(rpb, seed, window, scale, dropout_p, need_lse, backend, sizes, *qkv)
+    return _below_autograd(FUSED, qkv, rpb, seed, window, scale, dropout_p, need_lse, backend, sizes)
 
 
 def _below_autograd(op, *args):
@@ -270,7 +314,7 @@ class LastDerivative(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.backend = inputs[-1]
+        ctx.backend = next(x for x in inputs if isinstance(x, str))
 
     @staticmethod
     def backward(ctx, *grads):

@@ -1,0 +1,125 @@
+"""Batches of maps of different sizes.
+
+They come padded, `[batch, *shape, ...]` with each map in the top left corner of its batch item, or packed, `[tokens of
+all maps, ...]` with each map in row-major order after the one before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from dinat_triton.geometry import Geometry, broadcast_ints, geometry_of
+
+Size = tuple[int, ...]
+# Batches whose geometries are kept: a new one takes a few microseconds for each of its maps.
+MOST_BATCHES = 64
+
+
+def flat_sizes(sizes: Sequence[int | Sequence[int]], rank: int) -> list[int]:
+    """The axes of all maps, one after the other; an integer holds for all axes of a map."""
+    if not isinstance(sizes, (list, tuple)):
+        raise TypeError(f"sizes must be a list with a shape for each map, got {sizes!r}")
+    return [n for i, size in enumerate(sizes) for n in broadcast_ints(f"sizes[{i}]", size, rank)]
+
+
+def check_lead(lead: Sequence[int], sizes: Sequence[Size]) -> None:
+    """Checks that maps of these sizes are what a tensor's first axes hold: `[batch, *shape]`, or `[tokens]`."""
+    if len(lead) == 1:
+        total = sum(map(prod, sizes))
+        if lead[0] != total:
+            raise ValueError(f"sizes must add up to the {lead[0]} tokens that are packed, got {total} of {sizes}")
+        return
+    batch, *shape = lead
+    if len(sizes) != batch:
+        raise ValueError(f"sizes must have one shape for each of {batch} batch items, got {len(sizes)}: {sizes}")
+    for i, size in enumerate(sizes):
+        if any(n > most for n, most in zip(size, shape, strict=True)):
+            raise ValueError(f"sizes must fit the map they are padded to, {tuple(shape)}, got {size} for item {i}")
+
+
+def split_maps(x: Tensor, sizes: Sequence[Size], packed: bool) -> list[Tensor]:
+    """Views of the maps of a batch, `[1, *size, ...]` each."""
+    if packed:
+        parts = x.split([prod(size) for size in sizes])
+        return [part.unflatten(0, (1, *size)) for part, size in zip(parts, sizes, strict=True)]
+    corners = [tuple(slice(n) for n in size) for size in sizes]
+    return [item[corner].unsqueeze(0) for item, corner in zip(x.unbind(), corners, strict=True)]
+
+
+def join_maps(maps: Sequence[Tensor], sizes: Sequence[Size], shape: Size | None) -> Tensor:
+    """A batch of maps, padded to a shape with zeros, or packed if it is None."""
+    rank = len(sizes[0])
+    if shape is None:
+        return torch.cat([x.flatten(0, rank) for x in maps])
+    return torch.cat([pad_map(x, size, shape) for x, size in zip(maps, sizes, strict=True)])
+
+
+def pad_map(x: Tensor, size: Size, shape: Size) -> Tensor:
+    """A map `[1, *size, ...]` with zeros at the end of each axis."""
+    if size == shape:
+        return x
+    amounts = [0, 0] * (x.ndim - 1 - len(size))
+    for n, m in zip(size[::-1], shape[::-1], strict=True):
+        amounts += [0, m - n]
+    return pad(x, amounts)
+
+
+@dataclass(frozen=True, eq=False)
+class MapBatch:
+    """The problem of a batch of maps.
+
+    Attributes:
+        geometries: Of each map.
+        shape: That maps are padded to; None if they are packed.
+    """
+
+    geometries: tuple[Geometry, ...]
+    shape: Size | None
+
+    @property
+    def sizes(self) -> list[Size]:
+        return [geometry.shape for geometry in self.geometries]
+
+    def problems(
+        self, tensors: Sequence[Tensor], seed: Tensor | None
+    ) -> Iterator[tuple[Geometry, list[Tensor], Tensor | None]]:
+        """Each map's geometry, its part of the tensors, and a seed of its own for its dropout."""
+        parts = [split_maps(x, self.sizes, self.shape is None) for x in tensors]
+        for i, (geometry, *own) in enumerate(zip(self.geometries, *parts, strict=True)):
+            yield geometry, own, None if seed is None else seed + i
+
+    def join(self, results: Sequence[Tensor]) -> Tensor:
+        """What maps gave, in the form that they came in."""
+        return join_maps(results, self.sizes, self.shape)
+
+    def attend(
+        self, attend: Callable[..., tuple[Tensor, Tensor]], qkv: Sequence[Tensor], seed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp, where there is one, of a function that attends on one map at a time."""
+        results = [attend(own, geometry, own_seed) for geometry, own, own_seed in self.problems(qkv, seed)]
+        outs, lses = zip(*results, strict=True)
+        return self.join(outs), self.join(lses) if lses[0].numel() > 0 else lses[0]
+
+
+@lru_cache(maxsize=MOST_BATCHES)
+def map_batch_of(lead: Size, window: tuple[int, ...], flat: tuple[int, ...]) -> MapBatch:
+    """The batch that tensors with these first axes hold; `flat` are the axes of all sizes, one after the other."""
+    rank = len(window) // 4
+    if not flat or len(flat) % rank != 0:
+        raise ValueError(f"sizes must have a shape of {rank} integers for each of at least one map, got {flat}")
+    sizes = [flat[i : i + rank] for i in range(0, len(flat), rank)]
+    check_lead(lead, sizes)
+    geometries = []
+    for i, size in enumerate(sizes):
+        try:
+            geometries.append(geometry_of(size, window))
+        except ValueError as error:
+            raise ValueError(f"{error} (item {i} of sizes)") from None
+    return MapBatch(tuple(geometries), None if len(lead) == 1 else lead[1:])

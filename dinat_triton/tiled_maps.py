@@ -1,0 +1,53 @@
+"""The `tiled` backend on a batch of maps of different sizes: each map by itself, exactly as it would be alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dinat_triton import tiled
+from dinat_triton.map_batch import MapBatch
+
+
+def forward(
+    qkv: list[Tensor],
+    rpb: Tensor | None,
+    seed: Tensor | None,
+    batch: MapBatch,
+    scale: float,
+    dropout_p: float,
+    need_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Attends on every map."""
+
+    def attend(own, geometry, own_seed):
+        return tiled.forward(own, rpb, own_seed, geometry, scale, dropout_p, need_lse)
+
+    return batch.attend(attend, qkv, seed)
+
+
+def backward(
+    qkv: list[Tensor],
+    rpb: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    batch: MapBatch,
+    scale: float,
+    dropout_p: float,
+    grads: list[Tensor],
+) -> Tensor | None:
+    """Writes every map's gradients into its part of `grads`, and returns that of `rpb`: the sum over the maps."""
+    count = len(qkv)
+    given = [*qkv, *grads, grad_out] if grad_lse is None else [*qkv, *grads, grad_out, grad_lse]
+    grads_rpb: list[Tensor] = []
+    for geometry, own, own_seed in batch.problems(given, seed):
+        own_qkv, own_grads, (own_out, *rest) = own[:count], own[count : 2 * count], own[2 * count :]
+        own_lse = rest[0] if rest else None
+        grad_rpb = tiled.backward(
+            own_qkv, rpb, own_seed, out, lse, own_out, own_lse, geometry, scale, dropout_p, own_grads
+        )
+        grads_rpb += () if grad_rpb is None else (grad_rpb,)
+    return torch.stack(grads_rpb).sum(0) if grads_rpb else None
