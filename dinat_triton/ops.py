@@ -112,6 +112,10 @@ def na(
         check_rpb(rpb, query, geometry)
     if type(query) is not Tensor and torch.onnx.is_in_onnx_export():
         return opened(qkv, window, rpb, scale, dropout_p, sizes=sizes)
+    if sizes is not None and backend in (None, "triton"):
+        if backend == "triton":
+            raise RuntimeError("backend 'triton' cannot run this call: it takes maps of one size")
+        backend = "tiled"
     backend = resolve(backend, query, key, value, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     seed = dropout.new_seed(query.device) if dropout_p > 0 else None
