@@ -77,6 +77,8 @@ def _public(rank: int):
         if _is_sharded(query, key, value, rpb):
             from dinat_triton.distributed import dtensors
 
+            if sizes is not None:
+                raise ValueError(f"sizes must be None for DTensors, whose maps are all alike, got {sizes}")
             rest = {"rpb": rpb, "scale": scale, "dropout_p": dropout_p, "return_lse": return_lse, "backend": backend}
             out, lse = dtensors.na(rank, query, key, value, kernel_size, stride, dilation, is_causal, **rest)
             return out if lse is None else (out, lse)

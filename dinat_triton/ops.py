@@ -122,7 +122,8 @@ def na(
     if backend == "reference":
 
         def attend(qkv, geometry, seed):
-            return reference.attention(*unpack(qkv), rpb, seed, geometry, scale, dropout_p)
+            query, key, value = unpack(qkv)
+            return reference.attention(query, key, value, rpb, seed, geometry, scale, dropout_p)
 
         return _attend_by_map(attend, qkv, seed, _problem(qkv, window, sizes))
     # Triton's backward reads the log-sum-exp; writing it costs next to nothing. The tiled backward recomputes it.
