@@ -36,9 +36,6 @@ def quiet(table: store.Table) -> dict[str, Any]:
         return table.read()
 
 
-# What is written is read
-
-
 def test_what_is_written_is_read_and_merged(table: store.Table) -> None:
     assert quiet(table) == {}
     path = table.update({"a": 1, "b": 2}, source="measured")
@@ -72,9 +69,7 @@ def test_processes_that_write_at_once_lose_nothing(table: store.Table) -> None:
     assert quiet(table) == {f"{name}{n}": n for name in "xy" for n in range(40)}
 
 
-# What must be ignored
-
-GARBAGE = ["", "{", "[]", "null", "{}", '"numbers"', "[" * 100_000, '{"stamp": [], "numbers": {}}', "\udc80"]
+GARBAGE = ["", "{", '{"stamp": {"dev', "[]", "{}", '"x"', "[" * 100_000, '{"stamp": [], "numbers": {}}', "\udc80"]
 ENTRIES = [[], 3, {"a": "1"}, {"a": None}, {"a": 1, "b": {}}, {"a": True}, {f"a/{'9' * 400}": 1}]
 
 
@@ -88,15 +83,6 @@ def test_what_is_no_table_is_named_ignored_and_replaced(content: str | dict, tab
         assert table.read() == {}
     table.update({"b": 2})
     assert quiet(table) == {"b": 2}
-
-
-def test_a_file_cut_short_anywhere_is_ignored(table: store.Table) -> None:
-    path = table.update({f"entry {n}": n for n in range(3)})
-    whole = path.read_text()
-    for length in range(0, len(whole) - 2, 7):
-        path.write_text(whole[:length])
-        with pytest.warns(UserWarning, match="ignoring"):
-            assert table.read() == {}
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no such files here")
@@ -113,7 +99,6 @@ def test_what_is_no_file_is_ignored(make: Any, table: store.Table) -> None:
     ("changed", "what"),
     [
         ({"compiler": "triton 3.7.0"}, "compiler 'triton 3.6.0', not 'triton 3.7.0'"),
-        ({"sources": ("plan.py",)}, "sources"),
         ({"device": "Some GPU-R"}, r"device 'Some GPU \(R\)', not 'Some GPU-R'"),
     ],
 )
@@ -127,9 +112,6 @@ def test_a_stale_table_is_ignored_and_replaced(changed: dict, what: str, table: 
     assert quiet(later) == {"b": 2}
 
 
-# Where there is no place for them
-
-
 def test_a_folder_that_cannot_be_written(table: store.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv(store.ENVIRONMENT, str(tmp_path / "file" / "cache"))
@@ -137,17 +119,6 @@ def test_a_folder_that_cannot_be_written(table: store.Table, tmp_path: Path, mon
     for write in (table.check_writable, lambda: table.update({"a": 1})):
         with pytest.raises(RuntimeError, match=rf"{table.path.name} cannot be written.*{store.ENVIRONMENT}"):
             write()
-
-
-def test_a_write_that_fails_leaves_the_table_as_it_was(table: store.Table, monkeypatch: pytest.MonkeyPatch) -> None:
-    table.update({"a": 1})
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(RuntimeError, match="disk full"):
-        table.update({"b": 2})
-    assert quiet(table) == {"a": 1}
-
-
-# Keys
 
 
 def test_keys_tell_geometries_apart() -> None:
@@ -163,9 +134,6 @@ def test_the_nearest_number_of_maps_is_taken() -> None:
     entries = {"k/8": "eight", "k/64": "many", "k": "general", "k/x": "no number", "k2/16": "another key"}
     found = {maps: store.nearest(entries, "k", maps) for maps in (1, 2, 8, 16, 30, 256, 257)}
     assert found == {1: None, 2: "eight", 8: "eight", 16: "eight", 30: "many", 256: "many", 257: None}
-
-
-# The tiles of the CPU
 
 
 @pytest.fixture

@@ -1,9 +1,6 @@
 """The choice among candidates: what is slow or wrong loses, noise wins nothing, and the budget is kept."""
 
-import math
 import random
-
-import pytest
 
 from dinat_triton.layers import Layer
 from dinat_triton.tuner import search
@@ -24,9 +21,6 @@ class Time:
 
 def layer(size: int, heads: int = 2, batch: int = 1, count: int = 1) -> Layer:
     return Layer(f"{size}x{size}-d1", (size, size), heads, (1, 1), count, batch=batch)
-
-
-# Races
 
 
 def test_the_fastest_choice_wins_unless_it_is_rejected_sooner_or_later() -> None:
@@ -61,9 +55,6 @@ def test_a_busy_moment_decides_nothing_and_a_hair_is_not_worth_an_exception() ->
     assert Race({"default": [1.0], "better": [0.975]}).winner("default", 1) == "better"
 
 
-# Budgets
-
-
 def test_a_race_ends_with_its_budget() -> None:
     time = Time()
 
@@ -78,25 +69,6 @@ def test_a_race_ends_with_its_budget() -> None:
     assert finished.winner("default") == "default"  # two times are no proof
     assert finished.winner("default", rounds=2) == "fast"
     assert race(["default"], score, budget).seconds == {"default": []}
-
-
-def test_what_one_search_leaves_the_next_ones_share() -> None:
-    time = Time()
-    shares = []
-    for spent, (_, share) in zip((1, 6, 0), search.shared_out(Budget(12, time), "abc"), strict=True):
-        shares.append(share.left)
-        time.now += spent
-        assert share.is_spent == (spent == 6)
-    assert shares == pytest.approx([4, 5.5, 5])
-
-
-@pytest.mark.parametrize("seconds", [0, math.inf, math.nan])
-def test_a_budget_is_positive_and_ends(seconds: float) -> None:
-    with pytest.raises(ValueError, match="positive number of seconds"):
-        Budget(seconds)
-
-
-# Layers
 
 
 def test_the_same_layer_is_tuned_once() -> None:

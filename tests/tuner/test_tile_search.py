@@ -15,7 +15,7 @@ from dinat_triton.layers import Layer, layers_of
 from dinat_triton.tuner import kernel_search
 from dinat_triton.tuner.layer_run import LayerRun
 from dinat_triton.tuner.search import Budget, Found, Rejection, Row
-from dinat_triton.tuner.tile_search import CONSTANTS, Sample, Tile, fit, losses, tune_tiles
+from dinat_triton.tuner.tile_search import CONSTANTS, Sample, Tile, fit, tune_tiles
 
 LAYER = Layer("24x24-d1", (24, 24), 4, (1, 1))
 RANKED = tiled.modelled_tiles(LAYER.geometry, 1, 4)
@@ -50,15 +50,6 @@ def test_planted_slow_and_wrong_tiles_lose_and_the_fast_one_is_stored() -> None:
     ]  # fmt: skip
 
 
-def test_the_models_own_choice_needs_no_entry_an_old_one_goes_and_the_budget_ends_it() -> None:
-    tiled.user_tiles().update({KEY: list(RANKED[3])})
-    tiled.forget_tiles()
-    found = tune({RANKED[0]: 0.5, RANKED[3]: 0.9})
-    assert (found.entries, found.rows[0].before) == ({KEY: None}, 0.9)
-    found = tune({}, budget=1e-9)
-    assert (found.entries, found.rows, found.unreached) == ({}, [], [LAYER])
-
-
 def test_a_wrong_backend_is_noticed() -> None:
     """The real backend, made wrong for two tiles: a gradient is forgotten, and a token is not written."""
 
@@ -81,9 +72,6 @@ def test_a_wrong_backend_is_noticed() -> None:
     assert "out (error nan)" in missing.reason
 
 
-# The model
-
-
 def planted_samples(constants: dict[str, float]) -> list[Sample]:
     samples = []
     for layer in layers_of("dinat_mini@224"):
@@ -93,19 +81,10 @@ def planted_samples(constants: dict[str, float]) -> list[Sample]:
     return samples
 
 
-@pytest.mark.parametrize("per_class", [40_000.0, -500.0])
-def test_planted_constants_are_found_and_none_is_negative(per_class: float) -> None:
-    planted = dict(zip(CONSTANTS, (2.0, 5.0, 0.0, per_class), strict=True))
-    samples = planted_samples(planted)
-    found = fit(samples)
-    assert min(found.values()) >= 0
-    if per_class > 0:
-        assert found == pytest.approx(planted, rel=1e-6, abs=1e-6)
-        best = min(sample.ns for sample in samples if sample.layer == samples[0].layer)
-        assert losses(samples)[0] == pytest.approx(samples[0].ns / best)
-
-
-# The command
+def test_planted_constants_are_found_and_none_is_negative() -> None:
+    planted = dict(zip(CONSTANTS, (2.0, 5.0, 0.0, 40_000.0), strict=True))
+    assert fit(planted_samples(planted)) == pytest.approx(planted, rel=1e-6, abs=1e-6)
+    assert min(fit(planted_samples(planted | {CONSTANTS[-1]: -500.0})).values()) >= 0
 
 
 def run(*arguments: str) -> int:
@@ -117,7 +96,7 @@ def test_the_cpu_is_tuned_for_real(cache: Path, monkeypatch: pytest.MonkeyPatch)
     slow = tuple(1 for _ in layer.shape)
     ranked = [slow, *tiled.modelled_tiles(layer.geometry, 1, layer.heads)[:2]]
     monkeypatch.setattr(tiled, "modelled_tiles", lambda *_: ranked)
-    arguments = ("--device", "cpu", "--layers", "dinat_mini@224:7x7-d1", "--budget", "3")
+    arguments = ("--device", "cpu", "--layers", "dinat_mini@224:7x7-d1", "--budget", "30")
     assert run(*arguments, "--dry-run") == 0
     assert not cache.exists()
     assert run(*arguments) == 0
@@ -147,14 +126,3 @@ def test_modelled_configs_are_used_and_exported(tmp_path: Path, monkeypatch: pyt
     configs.forget_tables()
     # What only says what the rule says is left out, and sm_89 is like sm_80.
     assert configs.load_table("sm_89") == {key: config for key, config in planted.items() if "key" not in key}
-
-
-def test_an_unwritable_cache_is_said_before_anything_is_tuned(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    cache.write_text("a file in its place")
-    for arguments in (["--device", "cpu"], ["--arch", "sm_90"]):
-        assert run(*arguments) == 2
-        captured = capsys.readouterr()
-        assert store.ENVIRONMENT in captured.err
-        assert captured.out == ""
