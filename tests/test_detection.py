@@ -2,7 +2,6 @@
 
 from collections import OrderedDict
 
-import pytest
 import timm
 import torch
 from torch import nn
@@ -45,23 +44,15 @@ def detector():
 
 
 def squares(count):
-    """Bright squares on noise, with their boxes and masks."""
-    generator = torch.Generator().manual_seed(0)
-    images, targets = [], []
-    for _ in range(count):
-        image = 0.2 * torch.rand(3, SIZE, SIZE, generator=generator)
-        side, top, left = torch.randint(16, 32, (3,), generator=generator).tolist()
-        mask = torch.zeros(SIZE, SIZE, dtype=torch.uint8)
-        mask[top : top + side, left : left + side] = 1
-        image[:, mask.bool()] += 0.7
-        box = torch.tensor([[left, top, left + side, top + side]], dtype=torch.float32)
-        images.append(image)
-        targets.append(dict(boxes=box, labels=torch.ones(1, dtype=torch.int64), masks=mask[None]))
-    return images, targets
+    """A bright rectangle on noise, with its box and mask."""
+    masks = torch.zeros(count, 1, SIZE, SIZE, dtype=torch.uint8)
+    masks[..., 12:40, 8:32] = 1
+    box, label = torch.tensor([[8.0, 12.0, 32.0, 40.0]]), torch.ones(1, dtype=torch.int64)
+    images = list(0.2 * torch.rand(count, 3, SIZE, SIZE) + 0.7 * masks)
+    return images, [dict(boxes=box, labels=label, masks=mask) for mask in masks]
 
 
 def test_mask_rcnn_learns():
-    torch.manual_seed(0)
     model = detector()
     images, targets = squares(4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -79,14 +70,3 @@ def test_mask_rcnn_learns():
     with torch.inference_mode():
         found = model(images)
     assert all(set(f) == {"boxes", "labels", "scores", "masks"} for f in found)
-
-
-@pytest.mark.parametrize("size", [(200, 304), (96, 130)])
-def test_pyramid_of_ragged_maps(size):
-    torch.manual_seed(0)
-    pyramid = Pyramid().eval()
-    with torch.no_grad():
-        features = pyramid(torch.randn(1, 3, *size))
-    shapes = [tuple(feature.shape[-2:]) for feature in features.values()]
-    assert shapes == [tuple(-(-n // reduction) for n in size) for reduction in (8, 16, 32)]
-    assert all(feature.isfinite().all() for feature in features.values())
