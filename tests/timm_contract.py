@@ -60,14 +60,8 @@ def run(models: list[str], *pytest_arguments: str) -> int:
     environment.setdefault("OMP_NUM_THREADS", "1")  # small tensors: more threads cost more than they bring
     # -P: this folder and the archive's stay off the path.
     command = [sys.executable, "-P", "-m", "pytest", "-p", "timm_contract", "-p", "no:cacheprovider", "-q"]
-    command += [
-        "--import-mode=importlib",
-        "-W",
-        "ignore::pytest.PytestUnknownMarkWarning",
-        "tests/test_models.py",
-        *pytest_arguments,
-    ]
-    return subprocess.run(command, cwd=folder, env=environment, check=False).returncode
+    command += ["--import-mode=importlib", "-W", "ignore::pytest.PytestUnknownMarkWarning", "tests/test_models.py"]
+    return subprocess.run([*command, *pytest_arguments], cwd=folder, env=environment, check=False).returncode
 
 
 def pytest_configure(config) -> None:
