@@ -138,9 +138,6 @@ def test_malformed_queries_never_break_it(server: Server) -> None:
         assert status in (200, 400, 404)
 
 
-# The page in a browser
-
-
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")

@@ -12,7 +12,7 @@ import triton
 from dinat_triton import cli
 from dinat_triton.kernels.configs import PASSES, Config, choose_config
 from dinat_triton.layers import Layer, layers_of
-from dinat_triton.offline.estimate import estimate, record
+from dinat_triton.offline.estimate import record
 from dinat_triton.offline.inspect import KernelVariant, Report, complaints, inspect, variants_of
 from dinat_triton.offline.targets import TARGETS
 
@@ -78,9 +78,6 @@ def test_all_other_head_dims(arch: str, dtype: str, tmp_path: Path) -> None:
             assert all("spills" in complaint for complaint in kernel["complaints"]), (name, kernel)
 
 
-# Whether the gate would notice
-
-
 @pytest.fixture(scope="module")
 def forward_report() -> Report:
     return inspect(forward_of(DENSE, "sm_90"), TARGETS["sm_90"])
@@ -107,9 +104,6 @@ def test_each_thing_that_can_go_wrong_is_named(changed: dict, complaint: str, fo
     assert complaints(replace(forward_report, **changed), TARGETS["sm_90"]) == [complaint]
 
 
-# How it finds out
-
-
 def test_variants_are_those_of_the_backends_launches() -> None:
     variants, steps = record(SLIDING, TARGETS["sm_90"], torch.bfloat16)
     names = [variant.name for variant in variants]
@@ -121,14 +115,3 @@ def test_variants_are_those_of_the_backends_launches() -> None:
     assert forward.constants["ROWS"] <= config.rows
     assert forward.options["num_stages"] == config.stages
     assert triton.knobs.runtime.jit_cache_hook is None  # nothing stays changed
-
-
-def test_an_estimate_is_the_work_over_the_rates(forward_report: Report) -> None:
-    target, tokens = TARGETS["sm_90"], 128 * 2 * 56 * 56
-    _, steps = record(DENSE, target, torch.bfloat16)
-    limits, scores = steps[0].limits(forward_report, target), 64 / 49 * 64 * tokens
-    assert limits["memory"] == pytest.approx((4 * 64 + 4) * tokens / target.memory)
-    assert limits["exps"] == pytest.approx(scores / target.exps)
-    assert limits["products"] == pytest.approx(2 * 2 * scores * 32 / target.products)
-    (found,) = estimate(steps[:1], {steps[0].variant: forward_report}, target)
-    assert found["best_us"] == pytest.approx(1e6 * max(limits.values()))

@@ -145,17 +145,8 @@ def test_a_module_is_asked_for_its_bias_as_its_version_has_it(version: str | Non
         from natten import NeighborhoodAttention2D as NeighborhoodAttention
 
         bias = {"rel_pos_bias": True} if hasattr(natten, "context") else {"bias": True}
-        layer = NeighborhoodAttention(
-            8,
-            kernel_size=3,
-            dilation=2,
-            num_heads=2,
-            qkv_bias=True,
-            qk_scale=None,
-            attn_drop=0.0,
-            proj_drop=0.0,
-            **bias,
-        )
+        options = {"qkv_bias": True, "qk_scale": None, "attn_drop": 0.0, "proj_drop": 0.0} | bias
+        layer = NeighborhoodAttention(8, kernel_size=3, dilation=2, num_heads=2, **options)
     layer.load_state_dict(ours.state_dict())
     x = torch.randn(1, 4, 9, 8)  # smaller than the window
     torch.testing.assert_close(layer(x), ours(x))

@@ -39,8 +39,3 @@ def test_stored_notebook_is_clean(path: Path) -> None:
     for output in shown:
         assert output.output_type != "error"
         assert not PLACES.search(output.get("text", "") + str(output.get("data", {}).get("text/plain", "")))
-
-
-def test_there_are_six_and_they_are_small() -> None:
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06"]
-    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 3 << 20

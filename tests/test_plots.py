@@ -59,19 +59,6 @@ def test_neighborhoods_show_the_geometry(geometry: Geometry) -> None:
             assert f" {row.sum()} " in f"{figure.axes[0].get_title()} "
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES[1::3])
-def test_pairs_show_the_bias_indices(geometry: Geometry) -> None:
-    cells = drawn(plots.plot_pairs(geometry).axes[0])
-    tokens, offsets = geometry.neighbors()
-    np.testing.assert_array_equal(~np.ma.getmaskarray(cells), sees(geometry))
-    for query in range(geometry.num_tokens):
-        seen = tokens[query] >= 0
-        np.testing.assert_array_equal(cells[query, tokens[query][seen]], offsets[query][seen])
-
-
-# Receptive fields
-
-
 @pytest.mark.parametrize("geometry", GEOMETRIES[2::3])
 def test_fields_are_what_averages_of_averages_reach(geometry: Geometry) -> None:
     dense = Geometry(geometry.shape, geometry.kernel_size)
@@ -117,9 +104,6 @@ def test_downsampling_is_the_models_convolution() -> None:
         np.testing.assert_array_equal(grad[0, 0] > 0, np.outer(layer.links[0][y], layer.links[1][x_out]))
 
 
-# Plans
-
-
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("geometry", GEOMETRIES[::4])
 def test_plan_figures_show_the_plan(geometry: Geometry, transposed: bool) -> None:
@@ -139,9 +123,6 @@ def test_plan_figures_show_the_plan(geometry: Geometry, transposed: bool) -> Non
     shown = drawn(pairs)
     np.testing.assert_array_equal(shown.filled(MASKED), rel)
     assert f"{matrix[rows].sum()} of {rel.size} scores useful" in pairs.get_title()
-
-
-# Bias and attention
 
 
 @pytest.mark.parametrize(("size", "dilation", "stride", "causal"), [(12, 2, 1, False), (9, 1, 3, True)])
@@ -167,9 +148,6 @@ def test_attention_on_a_padded_map_is_cropped() -> None:
     attention = layer.attention((3, 3))
     assert attention.shape == (1, 2, 7, 12)
     assert 0 < attention.sum() / 2 < 1
-
-
-# Mistakes
 
 
 @pytest.mark.parametrize(

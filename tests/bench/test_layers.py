@@ -1,6 +1,6 @@
 """Layers against their peers: the peers compute what we do, or say why not, and the report tells what was found."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,11 +8,11 @@ import torch
 
 from dinat_triton import cli
 from dinat_triton.bench import layers
-from dinat_triton.bench.harness import Cell, Record, Results, Timing
+from dinat_triton.bench.harness import Cell, Record, Results
 from dinat_triton.bench.layers import Bench
 from dinat_triton.bench.peers import PEERS, Attention, Inputs, Peer
 from dinat_triton.layers import Layer
-from dinat_triton.work import FORWARD, FORWARD_BACKWARD, PASSES, Ceilings, Work
+from dinat_triton.work import FORWARD, FORWARD_BACKWARD, PASSES, Ceilings
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings("measured", "a machine", 1e10, {"float32": 1e11, "bfloat16": 2e11}, 1e9)
@@ -84,16 +84,6 @@ def test_what_is_wrong_or_fails_is_not_timed_and_stops_nobody(call, reason: str)
     assert found["planted"].timing is None
     assert reason in str(found["planted"].reason)
     assert found["gather"].timing
-
-
-def test_fractions_are_of_the_largest_floor_and_of_all_products() -> None:
-    work = Work(49, 98, 2e9, 3e9, 4e9, 6e9, 8e9, 9e9)
-    timing, also = Timing(1e4, 1e4, 1e4, 9), {"work": asdict(work)}
-    mine = Cell(WHOLE, "float32", FORWARD).record("triton", timing=timing, also=also)
-    assert layers.fractions(mine, CEILINGS, "cuda") == pytest.approx((0.4, 0.006, 0.002))
-    slow = replace(CEILINGS, copy_bytes_per_s=1e9, exps_per_s=1e10)
-    assert layers.fractions(mine, slow, "cuda")[0] == pytest.approx(0.3)
-    assert layers.fractions(mine, slow, "cpu")[0] == pytest.approx(0.04)  # the layer lies in a cache
 
 
 def test_the_command_measures_prints_and_keeps(
