@@ -1,7 +1,6 @@
 """Tensor parallelism: two processes with half of the heads each against one process with all of them."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import timm
@@ -12,10 +11,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.multiprocessing.spawn import start_processes
 
 import dinat_triton as dt
 from dinat_triton.parallel import HeadwiseParallel
+from tests.processes import in_processes
 
 
 def whole(x: Tensor) -> Tensor:
@@ -58,9 +57,8 @@ def model() -> nn.Module:
     return timm.create_model("dinat_mini", **options).double()
 
 
-def process(rank: int, store: str) -> None:
-    torch.set_num_threads(1)  # OpenMP's threads do not live on in a forked process
-    init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+def process() -> None:
+    init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(0)
     x = torch.randn(2, 9, 5, 24, dtype=torch.float64)  # the second axis is shorter than the span, so it is padded
@@ -83,6 +81,5 @@ def process(rank: int, store: str) -> None:
     destroy_process_group()
 
 
-def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
-    # Forked, because new processes would take longer to import torch and timm than for all else.
-    start_processes(process, (f"file://{tmp_path}/store",), nprocs=2, start_method="fork")
+def test_two_processes_compute_what_one_does() -> None:
+    in_processes(2, process)

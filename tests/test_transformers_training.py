@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.multiprocessing.spawn import start_processes
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
@@ -16,6 +15,7 @@ pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate
 import transformers
 from transformers import AutoConfig, AutoModelForImageClassification
 
+from tests.processes import in_processes
 from tests.transformers_models import DINAT, SMALL, build, randomized, small
 
 pytestmark = pytest.mark.usefixtures("enabled")
@@ -55,19 +55,17 @@ def train_one_step(folder: str, model, batch: int, accumulated: int, **options) 
     return [trainer.state.log_history[0][name] for name in ("loss", "grad_norm")]
 
 
-def train_as_one_of_two(rank: int, folder: str, models) -> None:
-    torch.set_num_threads(1)  # OpenMP's threads do not live on in a forked process
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", OMP_NUM_THREADS="1")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def train_as_one_of_two(folder: str, models) -> None:
+    torch.distributed.init_process_group("gloo")
     steps = [[train_one_step(folder, model, *split) for split in ((32, 1), (8, 4))] for model in models]
-    Path(folder, f"{rank}.json").write_text(json.dumps(steps))
+    Path(folder, f"{os.environ['RANK']}.json").write_text(json.dumps(steps))
     torch.distributed.destroy_process_group()
 
 
 def test_a_trainer_takes_the_same_step_whatever_it_accumulates_on_however_many_processes(tmp_path) -> None:
     """A loss that is not divided by the steps and processes gives gradients so many times too large."""
     models = [classifier(model_type) for model_type in ("dinat", "nat")]
-    start_processes(train_as_one_of_two, (str(tmp_path), models), nprocs=2, start_method="fork")
+    in_processes(2, train_as_one_of_two, str(tmp_path), models)
     for model, both in zip(models, json.loads((tmp_path / "0.json").read_text()), strict=True):
         whole = train_one_step(str(tmp_path), model, 64, 1)
         for step in (train_one_step(str(tmp_path), model, 16, 4), *both):

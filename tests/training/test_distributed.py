@@ -1,18 +1,15 @@
 """Two processes compute what one does, sharded or not, and one goes on with what two have left."""
 
 import argparse
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from torch.multiprocessing.spawn import start_processes
 from torch.utils._pytree import tree_leaves
 
 from dinat_triton.commands import train as command
+from tests.processes import in_processes
 
 from .conftest import SMALL
 
@@ -50,10 +47,7 @@ def steps(folder: Path, options: str, pictures: Path) -> None:
             assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
 
 
-def process(rank: int, folder: Path, pictures: Path, port: str) -> None:
-    torch.set_num_threads(1)  # OpenMP's threads do not live on in a forked process
-    AcceleratorState._reset_state(reset_partial_state=True)
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+def both_kinds(folder: Path, pictures: Path) -> None:
     for kind in ("no-fsdp", "fsdp"):
         steps(folder / kind, f"--batch-size 2 --grad-accum-steps 2 --{kind}", pictures)
 
@@ -62,11 +56,7 @@ def process(rank: int, folder: Path, pictures: Path, port: str) -> None:
 def two(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes of four images leave, in two parts each."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    # Forked, because new processes would take longer to import torch and timm than for all else.
-    start_processes(process, (folder, pictures, port), nprocs=2, start_method="fork")
+    in_processes(2, both_kinds, folder, pictures)
     return folder
 
 

@@ -70,30 +70,22 @@ def write_half(_: Any, path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("minutes", "target", "name", "call", "how"),
+    ("minutes", "when"),
     [
-        (0, Engine, "step", 7, kill),
-        (10, Engine, "step", 9, kill),  # no checkpoint since the last epoch
-        (0, torch, "save", 6, write_half),
-        (0, beat.Beat, "due", 6, kill),  # while it validates
-        (10, checkpoint, "write", 2, kill),  # all but the checkpoint is written of an epoch
+        (0, (Engine, "step", 7, kill)),
+        (10, (Engine, "step", 9, kill)),  # no checkpoint since the last epoch
+        (0, (torch, "save", 6, write_half)),
+        (0, (beat.Beat, "due", 6, kill)),  # while it validates
+        (10, (checkpoint, "write", 2, kill)),  # all but the checkpoint is written of an epoch
     ],
 )
+@pytest.mark.usefixtures("every_batch")
 def test_a_killed_run_goes_on_with_the_same_bits(
-    minutes: int,
-    target: Any,
-    name: str,
-    call: int,
-    how: Any,
-    train: TRAIN,
-    whole: Any,
-    tmp_path: Path,
-    monkeypatch,
-    every_batch,
+    minutes: int, when: tuple[Any, ...], train: TRAIN, whole: Any, tmp_path: Path, monkeypatch
 ) -> None:
     options = f"{EVERYTHING} --checkpoint-minutes {minutes} --resume auto"
     with monkeypatch.context() as patch:
-        interrupt(patch, target, name, call, how)
+        interrupt(patch, *when)
         with pytest.raises(Killed):
             train(tmp_path, f"{options} --workers 1")  # a process of its own draws augmentation
     assert train(tmp_path, options) == 0

@@ -2,20 +2,18 @@
 
 import os
 import re
-import socket
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState
 from timm.data import create_transform
-from torch.multiprocessing.spawn import start_processes
 
 from dinat_triton.cli import main
 from dinat_triton.commands.inputs import picture
 from dinat_triton.models.checkpoints import save_state_dict
+from tests.processes import in_processes
 
 from .conftest import MODEL
 
@@ -56,23 +54,13 @@ def test_it_counts_what_is_right(crop: str, pictures: Path, weights: Path, tmp_p
     assert table.read_text().splitlines() == ["class,images,top1", *by_class]
 
 
-def process(rank: int, words: list[str], port: str, out: Path) -> None:
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    with open(out / f"{rank}.txt", "w") as file, redirect_stdout(file):
+def speak(words: list[str], out: Path) -> None:
+    with open(out / f"{os.environ['RANK']}.txt", "w") as file, redirect_stdout(file):
         assert main(words) == 0
 
 
-def test_two_processes_count_no_image_twice_and_only_one_speaks(
-    pictures: Path, weights: Path, tmp_path, capsys
-) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    start_processes(
-        process, (command(pictures, weights, "--batch-size", "5"), port, tmp_path), nprocs=2, start_method="fork"
-    )
+def test_two_processes_count_no_image_twice_and_only_one_speaks(pictures, weights, tmp_path: Path, capsys) -> None:
+    in_processes(2, speak, command(pictures, weights, "--batch-size", "5"), tmp_path)
     assert main(command(pictures, weights)) == 0
     alone = re.search(r"on 48 images: .*?loss \S+", capsys.readouterr().out)[0]
     assert alone in (tmp_path / "0.txt").read_text()
