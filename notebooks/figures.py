@@ -43,6 +43,7 @@ FIGURES = {
     "dilations": lambda: plots.plot_dilations((24, 24), kernel_size=3),
     "receptive_fields": receptive_fields,
     "plan": lambda: plots.plot_plan(Plan(Geometry((14, 14), (5,)), (4, 4))),
+    "shares": lambda: plots.plot_shares(Geometry((48,), (3,), dilation=(4,)), 4),
     "cost": lambda: plots.plot_cost(Geometry((56, 56), (7,))),
 }
 

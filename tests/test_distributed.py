@@ -8,6 +8,7 @@ from functools import partial
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.multiprocessing.spawn import start_processes
 
 import dinat_triton as dt
+from dinat_triton import plots
 from dinat_triton.distributed.shares import CLASSES, HALO, chunks, shares
 from dinat_triton.geometry import Axis
 from tests.oracles.cases import NA, Case, make_case
@@ -50,6 +52,17 @@ def test_windows_of_a_share_are_those_of_the_map(scheme: str) -> None:
             seen = [axis.seen_at(int(position)).tolist() for position in part.owned]
             assert [part.positions[part.axis.seen_at(query)].tolist() for query in part.queries] == seen
             assert part.needed.tolist() == sorted({key for window in seen for key in window})
+
+
+@pytest.mark.parametrize("scheme", [HALO, CLASSES])
+def test_the_picture_shows_what_ranks_compute_and_read(scheme: str) -> None:
+    geometry = dt.Geometry((4, 23), (3, 3), (1, 4), (1, 2))
+    cells, fetched = plots.share_cells(geometry, 3, 1, scheme)
+    assert (cells == plots.SELF).sum(0).tolist() == [1] * 23
+    for rank, (row, count) in enumerate(zip(cells, fetched, strict=True)):
+        read = {key for query in np.flatnonzero(row == plots.SELF) for key in geometry.axes[1].seen_at(int(query))}
+        assert set(np.flatnonzero(row)) == read | set(np.flatnonzero(row == plots.SELF))
+        assert count == len(read - set(chunks(23, 3)[rank]))
 
 
 class Counted:

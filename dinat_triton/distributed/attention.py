@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,7 +14,7 @@ from dinat_triton import functional
 from dinat_triton.distributed.costs import cheapest, token
 from dinat_triton.distributed.exchange import Route, exchange, route
 from dinat_triton.distributed.shares import CLASSES, Share, chunks, shares
-from dinat_triton.geometry import Axis, Geometry
+from dinat_triton.geometry import Axis, Geometry, geometry_of
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    geometry: Geometry,
+    shape: tuple[int, ...],
+    window: Sequence[int],
     cuts: tuple[Cut | None, ...],
     rpb: Tensor | None = None,
     scale: float | None = None,
@@ -50,18 +52,19 @@ def attend(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attends on the local parts of a map of a geometry. Every rank that shares the map has to call it.
+    """Attends on the local parts of a map. Every rank that shares the map has to call it.
 
     Args:
         query: `[batch, *local map, heads, dim]`.
         key: As query; may have fewer heads.
         value: As key; may have another dim.
-        geometry: The whole map and its windows.
+        shape: The whole map.
+        window: Its windows, flat.
         cuts: For each map axis how it is sharded, or None where every rank has all of it.
         rpb: Bias of the local heads.
         scale, dropout_p, return_lse, backend: As `na2d` has them.
     """
-    parts = _parts(query, key, value, geometry, cuts, return_lse)
+    parts = _parts(query, key, value, geometry_of(shape, tuple(window)), cuts, return_lse)
     for part in parts:
         if part.scheme == CLASSES:
             query, key, value = exchange([query, key, value], part.dim, part.there, part.group)
@@ -70,7 +73,9 @@ def attend(
     for part in parts:
         query = _padded(query, part)
         key, value = _spread(key, part), _spread(value, part)
-    out, lse = _attend_small(query, key, value, _window(geometry, parts), rpb, scale, dropout_p, return_lse, backend)
+    out, lse = _attend_small(
+        query, key, value, _small(window, parts, len(shape)), rpb, scale, dropout_p, return_lse, backend
+    )
     outputs = [out, lse] if return_lse else [out]
     for part in parts:
         outputs = [x.narrow(part.dim, part.share.queries.start, len(part.share.queries)) for x in outputs]
@@ -122,17 +127,16 @@ def _spread(x: Tensor, part: Part) -> Tensor:
     return x.new_zeros(shape).index_copy(part.dim, torch.as_tensor(part.share.slots, device=x.device), x)
 
 
-def _window(geometry: Geometry, parts: list[Part]) -> list[int]:
-    """The window on the small map, flat; only its dilation can differ."""
-    dilation = list(geometry.dilation)
+def _small(window: Sequence[int], parts: list[Part], rank: int) -> list[int]:
+    """The window on the small map; only its dilation can differ."""
+    small = list(window)
     for part in parts:
-        dilation[part.dim - 1] = part.share.axis.dilation
-    return [*geometry.kernel_size, *geometry.stride, *dilation, *map(int, geometry.is_causal)]
+        small[2 * rank + part.dim - 1] = part.share.axis.dilation
+    return small
 
 
 def _attend_small(query, key, value, window, rpb, scale, dropout_p, return_lse, backend):
-    rank = len(window) // 4
-    if 0 in query.shape[1 : 1 + rank]:
+    if 0 in query.shape[1:-2]:
         # Nothing to compute. The sum ties the output to the exchange, whose backward every rank has to join.
         tie = query.sum() + key.sum() + value.sum() + (0 if rpb is None else 0 * rpb.sum())
         lse = query.new_zeros(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32)) + tie

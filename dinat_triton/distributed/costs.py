@@ -32,10 +32,12 @@ class Cost:
     Attributes:
         schemes: For each map axis "halo", "classes", or "whole" where one rank has all of it.
         received: Bytes that each rank receives, one axis for each of the map's.
+        alternatives: Bytes that the busiest rank would receive, by schemes; these are among them.
     """
 
     schemes: tuple[str, ...]
     received: IntArray
+    alternatives: dict[tuple[str, ...], int]
 
     @property
     def busiest(self) -> int:
@@ -80,7 +82,10 @@ def cost(
 @lru_cache(maxsize=512)
 def cheapest(geometry: Geometry, ranks: tuple[int, ...], token: Token) -> Cost:
     """The cost of the scheme that keeps the busiest rank least busy."""
-    return min(costs(geometry, ranks, token), key=lambda one: (one.busiest, one.total))
+    options = [(WHOLE,) if n == 1 else (HALO, CLASSES) for n in ranks]
+    received = {schemes: _received(geometry, ranks, token, schemes) for schemes in product(*options)}
+    best = min(received, key=lambda schemes: (received[schemes].max(), received[schemes].sum()))
+    return Cost(best, received[best], {schemes: int(each.max()) for schemes, each in received.items()})
 
 
 def ranks_along(geometry: Geometry, mesh: DeviceMesh | int | Sequence[int]) -> tuple[int, ...]:
@@ -98,12 +103,6 @@ def token(
     query, key_value = heads * dim, kv_heads * (dim + value_dim)
     out = heads * (value_dim * dtype.itemsize + lse)
     return Token(batch * query * dtype.itemsize, batch * key_value * dtype.itemsize, batch * out)
-
-
-def costs(geometry: Geometry, ranks: tuple[int, ...], token: Token) -> list[Cost]:
-    """The costs of all schemes."""
-    options = [(WHOLE,) if n == 1 else (HALO, CLASSES) for n in ranks]
-    return [Cost(schemes, _received(geometry, ranks, token, schemes)) for schemes in product(*options)]
 
 
 def _received(geometry: Geometry, ranks: tuple[int, ...], token: Token, schemes: tuple[str, ...]) -> IntArray:

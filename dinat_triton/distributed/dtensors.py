@@ -33,14 +33,14 @@ def na(
     if rpb is not None:
         tensors["rpb"] = rpb
     mesh = next(x.device_mesh for x in tensors.values() if isinstance(x, DTensor))
-    names = ("kernel_size", "stride", "dilation", "is_causal")
-    alike = [*((name, form_of(x)) for name, x in tensors.items()), *zip(names, map(str, window), strict=True)]
+    names = ("kernel_size", "stride", "dilation", "is_causal", "border")
+    alike = [*((name, form_of(x)) for name, x in tensors.items()), *zip(names, map(str, window), strict=False)]
     local = tuple(local_shape(x) for x in tensors.values() if isinstance(x, DTensor))
     agree_once(mesh, (*alike, *options.items()), local, _problem(rank, tensors, mesh, window, options))
-    geometry = geometry_of(tuple(query.shape[1 : 1 + rank]), tuple(window_of(rank, *window)))
+    shape, flat = tuple(query.shape[1 : 1 + rank]), window_of(rank, *window)
     local_rpb = None if rpb is None else _local_bias(rpb, query, rank)
     q, k, v = (x.to_local() for x in (query, key, value))
-    out, lse = attend(q, k, v, geometry, _cuts(query, rank), local_rpb, **options)
+    out, lse = attend(q, k, v, shape, flat, _cuts(query, rank), local_rpb, **options)
     outs = _distributed(out, query, (*query.shape[:-1], value.shape[-1]))
     return outs, _distributed(lse, query, tuple(query.shape[:-1])) if options["return_lse"] else None
 

@@ -41,8 +41,10 @@ class Route:
 
 
 def moved(owned: Sequence[IntArray], wanted: Sequence[IntArray]) -> IntArray:
-    """`[from, to]`: positions that go from each rank to each, those that stay included."""
-    return np.array([[len(np.intersect1d(own, want, assume_unique=True)) for want in wanted] for own in owned])
+    """`[from, to]`: positions that go from each rank to each, or stay there. Every position has one owner."""
+    owner = np.empty(sum(map(len, owned)), dtype=np.int64)
+    owner[np.concatenate(owned)] = np.repeat(np.arange(len(owned)), [*map(len, owned)])
+    return np.stack([np.bincount(owner[want], minlength=len(owned)) for want in wanted], axis=1)
 
 
 def route(owned: Sequence[IntArray], wanted: Sequence[IntArray], rank: int, device: torch.device) -> Route:

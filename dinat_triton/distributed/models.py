@@ -21,7 +21,6 @@ from dinat_triton.distributed.agreement import agree, check_local_part, form_of
 from dinat_triton.distributed.attention import attend
 from dinat_triton.distributed.gradients import shared, sum_gradients, total
 from dinat_triton.distributed.maps import ShardedMap, convolve, convolved_shape, read, resize
-from dinat_triton.geometry import geometry_of
 from dinat_triton.models.dinat import ConvDownsampler, ConvTokenizer, NeighborhoodBlock
 from dinat_triton.modules import NeighborhoodAttention2D, split_heads
 
@@ -131,10 +130,9 @@ class ShardedAttention(NeighborhoodAttention2D):
         padded = on.resized([max(n, span) for n, span in zip(on.shape, self.span, strict=True)])
         qkv = split_heads(self.qkv(resize(x, on, padded.shape)), self.qkv_sizes)
         rpb = None if self.rpb is None else shared(self.rpb, on.groups)
-        geometry = geometry_of(padded.shape, tuple(self.window))
         dropout_p = self.attn_drop.p if self.attn_drop.training else 0.0
         query, key, value = qkv.unbind(-3)
-        out, _ = attend(query, key, value, geometry, padded.cuts, rpb, self.scale, dropout_p)
+        out, _ = attend(query, key, value, padded.shape, self.window, padded.cuts, rpb, self.scale, dropout_p)
         return self.proj_drop(self.proj(resize(out.flatten(-2), padded, on.shape)))
 
 

@@ -17,6 +17,7 @@ from dinat_triton.plots.plans import (
     tile_of,
     tile_tokens,
 )
+from dinat_triton.plots.sharding import plot_shares, share_cells
 from dinat_triton.plots.text import text_cells, text_heat
 from dinat_triton.plots.windows import (
     neighborhood,
@@ -54,9 +55,11 @@ __all__ = [
     "plot_pairs",
     "plot_plan",
     "plot_receptive_fields",
+    "plot_shares",
     "plot_tile",
     "plot_tile_pairs",
     "save",
+    "share_cells",
     "styled",
     "text_cells",
     "text_heat",
