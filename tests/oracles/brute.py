@@ -41,41 +41,19 @@ def _span(query: int, length: int, kernel: int, stride: int, causal: bool) -> tu
     return start, start + kernel
 
 
-def neighborhoods(
-    shape: Sequence[int],
-    kernel_size: Sequence[int],
-    dilation: Sequence[int],
-    stride: Sequence[int],
-    is_causal: Sequence[bool],
-) -> list[tuple[list[int], list[tuple[int, ...]]]]:
-    """Per query in raster order: its keys as raster indices, and the index of each pair in the bias table."""
-    axes = [windows(*axis) for axis in zip(shape, kernel_size, dilation, stride, is_causal, strict=True)]
-    result = []
-    for query in itertools.product(*axes):
-        keys = [_raster(point, shape) for point in itertools.product(*(positions for positions, _ in query))]
-        pairs = itertools.product(*(offsets for _, offsets in query))
-        result.append((keys, [tuple(o + k - 1 for o, k in zip(pair, kernel_size, strict=True)) for pair in pairs]))
-    return result
-
-
-def _raster(point: Sequence[int], shape: Sequence[int]) -> int:
-    index = 0
-    for coordinate, size in zip(point, shape, strict=True):
-        index = index * size + coordinate
-    return index
-
-
 @cache
 def table(shape: Sequence[int], *window: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    """Per query and slot of the whole kernel's row-major window: the key and its place in the flat bias, -1 if none."""
-    kernel_size = window[0]
-    hoods = neighborhoods(shape, *window)
-    found = torch.full((2, len(hoods), math.prod(kernel_size)), -1)
-    for query, (keys, pairs) in enumerate(hoods):
-        at = np.array(pairs)
-        slots = np.ravel_multi_index((at - at[0]).T, kernel_size)
-        places = np.ravel_multi_index(at.T, [2 * k - 1 for k in kernel_size])
-        found[:, query, slots] = torch.tensor(np.stack((keys, places)))
+    """Per query and slot of the whole kernel's row-major window: the key and its place in the flat bias, -1 if none.
+
+    `window` is kernel_size, dilation, stride and is_causal, a value per axis.
+    """
+    kernel_size, axes = np.array(window[0]), [windows(*axis) for axis in zip(shape, *window, strict=True)]
+    found = torch.full((2, math.prod(shape), math.prod(window[0])), -1)
+    for query, hood in enumerate(itertools.product(*axes)):
+        keys, pairs = (np.array([*itertools.product(*each)]) for each in zip(*hood, strict=True))
+        slots = np.ravel_multi_index((pairs - pairs[0]).T, kernel_size)
+        places = np.ravel_multi_index((pairs + kernel_size - 1).T, 2 * kernel_size - 1)
+        found[:, query, slots] = torch.tensor(np.stack((np.ravel_multi_index(keys.T, shape), places)))
     return found[0], found[1]
 
 
