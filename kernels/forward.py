@@ -11,10 +11,13 @@ from dinat_triton.kernels.primitives import (
     chunk_logits,
     dot,
     drop,
+    find_head,
     load_tile,
+    padded,
     pair_bias,
     read_bases,
     read_columns,
+    read_items,
     read_rows,
     read_run,
     sees,
@@ -25,16 +28,14 @@ from dinat_triton.kernels.primitives import (
 
 @triton.jit
 def attend(
-    s, v_at, v_token, m, total, acc, to_log2, seed, keep_from, keep_scale, row_tok, col_tok, batch_head,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, ONLINE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    s, v_tile, so_far, to_log2, dropout, row_tok, col_tok, batch_head, ONLINE: tl.constexpr, PRECISION: tl.constexpr
+):
     """Attends to one chunk of columns; ONLINE adds it to the maximum, sum and output of the chunks before."""
-    v_tile = load_tile(v_at, col_tok, v_token, DV, BLOCK_DV)  # [C, DV]
+    m, total, acc = so_far
     m_next = tl.maximum(m, tl.max(s, 1))
     p = tl.exp2(s * to_log2 - (m_next * to_log2)[:, None])
     total_next = tl.sum(p, 1)
-    if DROPOUT:
-        p = drop(p, seed, keep_from, keep_scale, row_tok[:, None], col_tok[None, :], batch_head)
+    p = drop(p, dropout, row_tok[:, None], col_tok[None, :], batch_head)
     if ONLINE:
         shrink = tl.exp2((m - m_next) * to_log2)
         total_next += total * shrink
@@ -46,11 +47,9 @@ def attend(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def forward_kernel(
-    q, k, v, out, lse, bias_source, seed, runs, bases, rows, columns, guards,
-    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+    q, k, v, out, lse, bias_source, seed, layout, guards, strides,
     batch, batch_step, tokens, heads, group, bias_head, max_chunks, scale, keep_from: tl.uint32, keep_scale,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
-    CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (runs * heads, batch splits): a program walks one run of tiles over its part of the batch.
@@ -58,19 +57,21 @@ def forward_kernel(
     One chunk: `bias_source` is rpb, and the tile's bias is gathered once and stays in registers. More: it is the table
     that `table_kernel` wrote, read chunk by chunk out of the cache; without a bias there is none.
     """
+    runs, bases, rows, columns = layout
+    q_strides, k_strides, v_strides = strides
     head, tile_class, first, end, chunks = read_run(runs, heads)
-    first_item = tl.program_id(1) * batch_step
-    end_item = tl.minimum(first_item + batch_step, batch)
+    first_item, end_item = read_items(batch, batch_step)
     row_off, row_code, row_first, row_last = read_rows(rows, tile_class, ROWS)
     if ONE_CHUNK:
         col_off, col_code, col_place = read_columns(columns, tile_class, 0, max_chunks, CHUNK)
         seen = sees(row_first[:, None], row_last[:, None], col_place[None, :], guards)
         index = row_code[:, None] + col_code[None, :]
-        bias = pair_bias(bias_source, head * bias_head, index, seen, 1 / scale, HAS_BIAS)  # [R, C]
+        bias = pair_bias(bias_source, head * bias_head, index, seen, 1 / scale)  # [R, C]
     else:
         class_at = tl.multiple_of(head.to(tl.int64) * bias_head, 16) + tile_class * (ROWS * CHUNK) * max_chunks
     to_log2 = scale * LOG2E
     kv_head = head // group
+    dropout = (seed, keep_from, keep_scale)
 
     for tile in range(first, end):
         row_base, col_base = read_bases(bases, tile)
@@ -79,36 +80,35 @@ def forward_kernel(
             col_tok = col_base + col_off
         for item in tl.range(first_item, end_item, disable_licm=True):
             i = tl.cast(item, tl.int64)
-            q_tile = load_tile(q + i * q_batch + head * q_head, row_tok, q_token, D, BLOCK_D)
-            k_at = k + i * k_batch + kv_head * k_head
-            v_at = v + i * v_batch + kv_head * v_head
+            batch_head = item * heads + head
+            q_tile = load_tile(find_head(q, q_strides, i, head), row_tok, D)  # [R, D]
+            k_place = find_head(k, k_strides, i, kv_head)
+            v_place = find_head(v, v_strides, i, kv_head)
             m = tl.full((ROWS,), LOWEST, tl.float32)
             total = tl.zeros((ROWS,), tl.float32)
-            acc = tl.zeros((ROWS, BLOCK_DV), tl.float32)
+            acc = tl.zeros((ROWS, padded(DV)), tl.float32)
             if ONE_CHUNK:
+                k_tile = load_tile(k_place, col_tok, D)  # [C, D]
                 # The bias is the accumulator: adding it after the product would compute exponentials in two layouts.
-                s = dot(q_tile, tl.trans(load_tile(k_at, col_tok, k_token, D, BLOCK_D)), bias, PRECISION)  # [R, C]
+                s = dot(q_tile, tl.trans(k_tile), bias, PRECISION)  # [R, C]
+                v_tile = load_tile(v_place, col_tok, DV)  # [C, DV]
                 m, total, acc = attend(
-                    s, v_at, v_token, m, total, acc, to_log2,
-                    seed, keep_from, keep_scale, row_tok, col_tok, item * heads + head,
-                    DV, BLOCK_DV, False, DROPOUT, PRECISION,
-                )  # fmt: skip
+                    s, v_tile, (m, total, acc), to_log2, dropout, row_tok, col_tok, batch_head, False, PRECISION
+                )
             else:
                 for chunk in range(chunks):
-                    col_off, col_code, col_place = read_columns(columns, tile_class, chunk, max_chunks, CHUNK)
+                    col_off, _col_code, col_place = read_columns(columns, tile_class, chunk, max_chunks, CHUNK)
                     col_tok = col_base + col_off
-                    k_tile = load_tile(k_at, col_tok, k_token, D, BLOCK_D)  # [C, D]
-                    s = chunk_logits(
-                        q_tile, k_tile, bias_source, class_at + chunk * (ROWS * CHUNK),
-                        row_first, row_last, col_place, guards, ROWS, CHUNK, HAS_BIAS, PRECISION,
-                    )  # fmt: skip
+                    k_tile = load_tile(k_place, col_tok, D)  # [C, D]
+                    seen = sees(row_first[:, None], row_last[:, None], col_place[None, :], guards)
+                    chunk_at = class_at + chunk * (ROWS * CHUNK)
+                    s = chunk_logits(q_tile, k_tile, bias_source, chunk_at, seen, PRECISION)
+                    v_tile = load_tile(v_place, col_tok, DV)  # [C, DV]
                     m, total, acc = attend(
-                        s, v_at, v_token, m, total, acc, to_log2,
-                        seed, keep_from, keep_scale, row_tok, col_tok, item * heads + head,
-                        DV, BLOCK_DV, True, DROPOUT, PRECISION,
-                    )  # fmt: skip
+                        s, v_tile, (m, total, acc), to_log2, dropout, row_tok, col_tok, batch_head, True, PRECISION
+                    )
             row_at = i * tokens * heads + head  # out and lse are contiguous, heads after tokens
             # Zero where the bias is -inf everywhere and a row sees nothing.
             divisor = tl.maximum(total, 1e-30, propagate_nan=tl.PropagateNan.ALL)
-            store_tile(out + row_at * DV, row_tok, heads * DV, acc * (1 / divisor)[:, None], DV, BLOCK_DV)
+            store_tile((out + row_at * DV, heads * DV), row_tok, acc * (1 / divisor)[:, None], DV)
             store_row(lse + row_at, row_tok, heads, m * scale + tl.log2(total) * LN2)

@@ -1,11 +1,13 @@
-"""What the launches of calls on tensors of one shape have in common. Working it out takes longer than a small layer."""
+"""Launches prepared once for tensors of one shape and strides; that takes longer than a small layer.
+
+Triton compiles a kernel anew where an optional tensor is None. So what is given is a part of the caches' keys.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 from typing import Any
 
 import torch
@@ -43,7 +45,7 @@ MOST_LAUNCHES = 256
 
 # A tensor's shape and strides.
 Place = tuple[torch.Size, tuple[int, ...]]
-Arguments = tuple[Tensor | int, ...]
+Arguments = tuple[Tensor | int | tuple, ...]
 
 
 class Launch:
@@ -52,7 +54,7 @@ class Launch:
     Args:
         kernel: Takes tensors, then `arguments`, then numbers, then compile-time constants.
         grid: Programs along each axis.
-        arguments: Index arrays, strides and sizes.
+        arguments: Index arrays, strides and sizes, in the kernel's order.
         options: The compile-time constants, and Triton's own options.
         shape: Of the float32 numbers that it works out for another launch, if that is what it is for.
         table: The launch that works out the bias table which this one reads.
@@ -107,15 +109,7 @@ def prepare_forward(
     problem = _problem(geometry, places, dtype, device, tf32, preset)
     schedule = schedule_of(problem, "forward")
     table = _table(problem, schedule) if rpb_dtype is not None and not schedule.one_chunk else None
-    arguments: Arguments = (
-        *_indices(schedule), *_strides(places), *_sizes(problem, schedule, table), schedule.layout.max_chunks,
-    )  # fmt: skip
-    options = {
-        "ONE_CHUNK": schedule.one_chunk,
-        "HAS_BIAS": rpb_dtype is not None,
-        "DROPOUT": dropout,
-    } | schedule.options
-    return Launch(forward_kernel, schedule.grid, arguments, options, table=table)
+    return _launch(forward_kernel, problem, schedule, places, table, ONE_CHUNK=schedule.one_chunk)
 
 
 @lru_cache(maxsize=MOST_LAUNCHES)
@@ -125,59 +119,41 @@ def prepare_backward(
 ) -> Backward:  # fmt: skip
     """The backward's launches. `places` are those of query, key and value, of the output's gradient, and of theirs."""
     problem = _problem(geometry, places, dtype, device, tf32, preset)
-    given = {"HAS_BIAS": rpb_dtype is not None, "HAS_GRAD_LSE": has_grad_lse, "DROPOUT": dropout}
+    has_bias = rpb_dtype is not None
     if has_closed_backward(problem):
         schedule = schedule_of(problem, "closed_backward")
         of_kernel = (*places[:3], *places[4:], places[3])
-        arguments: Arguments = (*_indices(schedule), *_strides(of_kernel), *_sizes(problem, schedule))
         launches: dict[str, tuple[Launch, ...]] = {
-            "closed": (Launch(closed_backward_kernel, schedule.grid, arguments, given | schedule.options),)
+            "closed": (_launch(closed_backward_kernel, problem, schedule, of_kernel),)
         }
     else:
         schedule = schedule_of(problem, "query_backward")
-        keys = _key_launch(problem, schedule_of(problem, "key_backward"), places, given, rpb_dtype)
-        launches = {"queries": tuple(_query_launches(problem, schedule, places, given, rpb_dtype)), "keys": (keys,)}
+        keys = _key_launch(problem, schedule_of(problem, "key_backward"), places, has_bias)
+        launches = {"queries": tuple(_query_launches(problem, schedule, places, has_bias)), "keys": (keys,)}
     programs, splits = schedule.grid
-    folds = _folds(problem, schedule) if rpb_dtype is not None else None
+    folds = _folds(problem, schedule) if has_bias else None
     return Backward((splits, programs, schedule.layout.pairs), folds, **launches)
 
 
 def _query_launches(
-    problem: Problem,
-    schedule: Schedule,
-    places: tuple[Place, ...],
-    given: dict[str, bool],
-    rpb_dtype: torch.dtype | None,
+    problem: Problem, schedule: Schedule, places: tuple[Place, ...], has_bias: bool
 ) -> Iterator[Launch]:
     """One for dq and the bias gradient, or one for each where the columns of a tile take several chunks."""
     q, k, v, grad_out, grad_q, _, _ = places
-    for grad_query, grad_bias in _query_passes(schedule, rpb_dtype is not None):
+    for grad_query, grad_bias in _query_passes(schedule, has_bias):
         all_chunks = grad_query and not schedule.one_chunk
-        table = _table(problem, schedule) if all_chunks and rpb_dtype is not None else None
-        arguments: Arguments = (
-            *_indices(schedule), *_strides((q, k, v, grad_q, grad_out)),
-            *_sizes(problem, schedule, table), schedule.layout.max_chunks,
-        )  # fmt: skip
+        table = _table(problem, schedule) if all_chunks and has_bias else None
         form = {"ALL_CHUNKS": all_chunks, "GRAD_QUERY": grad_query, "GRAD_BIAS": grad_bias}
-        grid = (*schedule.grid, 1 if grad_query else schedule.layout.max_chunks)
-        yield Launch(query_backward_kernel, grid, arguments, form | given | schedule.options, table=table)
+        column_splits = 1 if grad_query else schedule.layout.max_chunks
+        yield _launch(
+            query_backward_kernel, problem, schedule, (q, k, v, grad_q, grad_out), table, column_splits, **form
+        )
 
 
-def _key_launch(
-    problem: Problem,
-    schedule: Schedule,
-    places: tuple[Place, ...],
-    given: dict[str, bool],
-    rpb_dtype: torch.dtype | None,
-) -> Launch:
+def _key_launch(problem: Problem, schedule: Schedule, places: tuple[Place, ...], has_bias: bool) -> Launch:
     q, k, v, grad_out, _, grad_k, grad_v = places
-    table = _table(problem, schedule) if rpb_dtype is not None else None
-    arguments: Arguments = (
-        *_indices(schedule), *_strides((q, k, v, grad_k, grad_v, grad_out)),
-        *_sizes(problem, schedule, table), schedule.layout.max_chunks,
-    )  # fmt: skip
-    options = {"HAS_BIAS": given["HAS_BIAS"], "DROPOUT": given["DROPOUT"]} | schedule.options
-    return Launch(key_backward_kernel, schedule.grid, arguments, options, table=table)
+    table = _table(problem, schedule) if has_bias else None
+    return _launch(key_backward_kernel, problem, schedule, (q, k, v, grad_k, grad_v, grad_out), table)
 
 
 def _query_passes(schedule: Schedule, has_bias: bool) -> list[tuple[bool, bool]]:
@@ -215,20 +191,31 @@ def _folds(problem: Problem, schedule: Schedule) -> tuple[Launch, Launch]:
     return over_programs, Launch(fold_bias_kernel, (offsets, heads), then, options)
 
 
-def _indices(schedule: Schedule) -> Arguments:
+def _launch(
+    kernel: JITFunction,
+    problem: Problem,
+    schedule: Schedule,
+    places: tuple[Place, ...],
+    table: Launch | None = None,
+    column_splits: int = 1,
+    **form: bool,
+) -> Launch:
+    """The launch of one of the kernels that attend, with the strides of these places, in one of its forms."""
     layout = schedule.layout
-    return layout.runs, layout.bases, layout.rows, layout.columns, layout.guards
-
-
-def _strides(places: tuple[Place, ...]) -> tuple[int, ...]:
-    return tuple(chain.from_iterable(map(strides_of, places)))
-
-
-def _sizes(problem: Problem, schedule: Schedule, table: Launch | None = None) -> tuple[int, ...]:
-    """With the bias's distance from head to head, in the table if there is one."""
-    group = problem.heads // problem.kv_heads
-    bias_head = problem.geometry.num_offsets if table is None else table.shape[1]
-    return problem.batch, schedule.batch_step, problem.geometry.num_tokens, problem.heads, group, bias_head
+    known: dict[str, Tensor | int | tuple] = {
+        "layout": (layout.runs, layout.bases, layout.rows, layout.columns),
+        "guards": layout.guards,
+        "strides": tuple(map(strides_of, places)),
+        "batch": problem.batch,
+        "batch_step": schedule.batch_step,
+        "tokens": problem.geometry.num_tokens,
+        "heads": problem.heads,
+        "group": problem.heads // problem.kv_heads,
+        "bias_head": problem.geometry.num_offsets if table is None else table.shape[1],
+        "max_chunks": layout.max_chunks,
+    }
+    arguments = tuple(known[name] for name in kernel.arg_names if name in known)
+    return Launch(kernel, (*schedule.grid, column_splits), arguments, form | schedule.options, table=table)
 
 
 def _problem(

@@ -3,37 +3,67 @@
 Names in all kernels: a row is a token that a tile computes for, a column one that it reads. A token, `_tok`, is the
 base of its tile plus an offset that all tiles of a class share, `_off`; both are negative in empty slots. `_at` values
 are pointers. Tile values say their shape, `[R, C]` or `[R, D]`.
+
+Arguments of all kernels:
+    layout: Index arrays of a plan: runs, bases, rows, columns.
+    strides: Of each tensor of tokens, how far it is to the next batch item, token and head.
+    guards: Guard bits of the words that tell who sees whom.
+    bias_head: Distance from one head's bias to the next.
+    seed, keep_from, keep_scale: Dropout, if there is a seed.
+    D, DV: Channels of queries and keys, and of values.
+A kernel is compiled anew, without what would read it, where an optional tensor is None. Numbers stand alone unless each
+of their values may be worth a kernel of its own: Triton specializes on all numbers in a tuple.
 """
 
 import triton
 import triton.language as tl
+
+from dinat_triton.kernels.configs import padded
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Where running maxima start, and finite, so that they never meet (-inf) - (-inf). Lower logits count as -inf.
 LOWEST = tl.constexpr(-1e30)
 # Arguments of which no value is worth a kernel of its own.
-RUNTIME = ["guards", "batch", "batch_step", "tokens", "heads", "group", "bias_head", "keep_from", "max_chunks"]
+RUNTIME = ["guards", "batch", "batch_step", "tokens", "heads", "group", "bias_head", "max_chunks", "keep_from"]
+
+padded = triton.constexpr_function(padded)
 
 
 @triton.jit
-def load_tile(at, tok, stride, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
-    """Channels of some tokens of one head, `[tokens, BLOCK]`; zeros in empty slots and past the last channel."""
-    channel = tl.arange(0, BLOCK)
-    mask = tok[:, None] >= 0
-    if CHANNELS != BLOCK:
-        mask &= channel[None, :] < CHANNELS
-    return tl.load(at + tok[:, None] * stride + channel[None, :], mask=mask, other=0.0)
+def find_head(x, strides, item, head):
+    """Where the tokens of one head of a batch item begin, and how far apart they are."""
+    of_item, of_token, of_head = strides
+    return x + item * of_item + head * of_head, of_token
 
 
 @triton.jit
-def store_tile(at, tok, stride, tile, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
-    """Writes the channels of some tokens of one head."""
+def tile_at(place, tok, CHANNELS: tl.constexpr):
+    """Where the channels of some tokens are, `[tokens, padded(CHANNELS)]`, and which of them exist.
+
+    `place` is what `find_head` found.
+    """
+    at, stride = place
+    BLOCK: tl.constexpr = padded(CHANNELS)
     channel = tl.arange(0, BLOCK)
-    mask = tok[:, None] >= 0
+    exists = tok[:, None] >= 0
     if CHANNELS != BLOCK:
-        mask &= channel[None, :] < CHANNELS
-    tl.store(at + tok[:, None] * stride + channel[None, :], tile.to(at.dtype.element_ty), mask=mask)
+        exists &= channel[None, :] < CHANNELS
+    return at + tok[:, None] * stride + channel[None, :], exists
+
+
+@triton.jit
+def load_tile(place, tok, CHANNELS: tl.constexpr):
+    """Channels of some tokens; zeros in empty slots and past the last channel."""
+    at, exists = tile_at(place, tok, CHANNELS)
+    return tl.load(at, mask=exists, other=0.0)
+
+
+@triton.jit
+def store_tile(place, tok, tile, CHANNELS: tl.constexpr):
+    """Writes the channels of some tokens."""
+    at, exists = tile_at(place, tok, CHANNELS)
+    tl.store(at, tile.to(at.dtype.element_ty), mask=exists)
 
 
 @triton.jit
@@ -108,23 +138,24 @@ def sees(row_first, row_last, col_place, guards):
 
 
 @triton.jit
-def pair_bias(rpb, head_at, index, seen, inv_scale, HAS_BIAS: tl.constexpr):
+def pair_bias(rpb, head_at, index, seen, inv_scale):
     """What the logits' accumulator starts from: bias / scale, and -inf where a row does not see a column."""
-    if HAS_BIAS:
-        return tl.load(rpb + head_at + index, mask=seen, other=float("-inf")).to(tl.float32) * inv_scale
-    return tl.where(seen, 0.0, float("-inf"))
+    if rpb is None:
+        bias = tl.where(seen, 0.0, float("-inf"))
+    else:
+        bias = tl.load(rpb + head_at + index, mask=seen, other=float("-inf")).to(tl.float32) * inv_scale
+    return bias
 
 
 @triton.jit
-def chunk_logits(
-    row_tile, col_tile, table, chunk_at, row_first, row_last, col_place, guards,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def chunk_logits(row_tile, col_tile, table, chunk_at, seen, PRECISION: tl.constexpr):
     """Logits over the scale of one of several chunks, `[R, C]`; without a bias there is no table to start from."""
-    if HAS_BIAS:
-        return dot(row_tile, tl.trans(col_tile), load_bias(table + chunk_at, ROWS, CHUNK), PRECISION)
-    seen = sees(row_first[:, None], row_last[:, None], col_place[None, :], guards)
-    return tl.where(seen, dot(row_tile, tl.trans(col_tile), None, PRECISION), float("-inf"))
+    if table is None:
+        s = tl.where(seen, dot(row_tile, tl.trans(col_tile), None, PRECISION), float("-inf"))
+    else:
+        bias = load_bias(table + chunk_at, row_tile.shape[0], col_tile.shape[0])
+        s = dot(row_tile, tl.trans(col_tile), bias, PRECISION)
+    return s
 
 
 @triton.jit
@@ -133,6 +164,13 @@ def read_run(runs, heads):
     run, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     at = runs + 4 * run
     return head, tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+
+
+@triton.jit
+def read_items(batch, batch_step):
+    """A program's part of the batch: (first item, end)."""
+    first = tl.program_id(1) * batch_step
+    return first, tl.minimum(first + batch_step, batch)
 
 
 @triton.jit
@@ -157,12 +195,15 @@ def read_bases(bases, tile):
 
 
 @triton.jit
-def drop(x, seed, keep_from, keep_scale, query_tok, key_tok, batch_head):
-    """Applies dropout to `x`, with the same draw per pair as `dinat_triton.dropout`."""
-    zero = tl.zeros_like((query_tok + key_tok).to(tl.int32))
-    key_word, query_word = zero + key_tok.to(tl.int32), zero + query_tok.to(tl.int32)
-    bits, _, _, _ = tl.philox(tl.load(seed), key_word, query_word, zero + batch_head, zero)
-    return tl.where(bits.to(tl.uint32, bitcast=True) >= keep_from.to(tl.uint32), x * keep_scale, 0.0)
+def drop(x, dropout, query_tok, key_tok, batch_head):
+    """Applies dropout, if there is a seed, with the same draw per pair as `dinat_triton.dropout`."""
+    seed, keep_from, keep_scale = dropout
+    if seed is not None:
+        zero = tl.zeros_like((query_tok + key_tok).to(tl.int32))
+        key_word, query_word = zero + key_tok.to(tl.int32), zero + query_tok.to(tl.int32)
+        bits, _, _, _ = tl.philox(tl.load(seed), key_word, query_word, zero + batch_head, zero)
+        x = tl.where(bits.to(tl.uint32, bitcast=True) >= keep_from.to(tl.uint32), x * keep_scale, 0.0)
+    return x
 
 
 @triton.jit(do_not_specialize=["guards", "offsets", "max_chunks"])
@@ -180,6 +221,6 @@ def table_kernel(
     index = tl.load(row_at + ROWS) + tl.load(col_at + span)
     seen = sees(tl.load(row_at + 2 * ROWS), tl.load(row_at + 3 * ROWS), tl.load(col_at + 2 * span), guards)
     head = tl.program_id(2)
-    bias = pair_bias(rpb, head * offsets, index, seen, 1 / scale, True)
+    bias = pair_bias(rpb, head * offsets, index, seen, 1 / scale)
     chunk_of_head = head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     tl.store(table + chunk_of_head * (ROWS * CHUNK) + place, bias)

@@ -108,8 +108,6 @@ def schedule_of(problem: Problem, name: str) -> Schedule:
     options = {
         "D": problem.dim,
         "DV": problem.value_dim,
-        "BLOCK_D": padded(problem.dim),
-        "BLOCK_DV": padded(problem.value_dim),
         "ROWS": layout.row_slots,
         "CHUNK": plan.chunk,
         "PRECISION": problem.precision,

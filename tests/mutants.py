@@ -48,8 +48,8 @@ BUGS = {
         ("key heads of a group", "kv_head = head // group", "kv_head = head % group"),
         ("batch offset", "store_row(lse + row_at,", "store_row(lse + row_at - i,")],
     "kernels/primitives.py kernels/test_interpreted": [
-        ("last-channel mask", "< CHANNELS\n    return tl.load", "<= CHANNELS\n    return tl.load"),
-        ("token stride", "tl.load(at + tok[:, None] * stride + chan", "tl.load(at + tok[:, None] * CHANNELS + chan"),
+        ("last-channel mask", "channel[None, :] < CHANNELS", "channel[None, :] <= CHANNELS"),
+        ("token stride", "at + tok[:, None] * stride + chan", "at + tok[:, None] * CHANNELS + chan"),
         ("missed mask of a tile", 'seen, other=float("-inf")', "seen, other=0.0"),
         ("end of a row's window", "& (row_last - col_place) & guards", "& guards"),
         ("unscaled bias", ".to(tl.float32) * inv_scale", ".to(tl.float32)"),

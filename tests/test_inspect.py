@@ -111,7 +111,7 @@ def test_variants_are_those_of_the_backends_launches() -> None:
     assert {"query_backward", "sum_programs", "fold_bias", "key_backward"} <= set(names)
     assert [step.name for step in steps] == [name for name in names if name in PASSES]
     config, forward = choose_config("forward", 32, 16, "sm_90"), steps[0].variant
-    assert forward.constants["HAS_BIAS"]
+    assert forward.parts["signature"]["bias_source"] == "*fp32"
     assert forward.constants["ROWS"] <= config.rows
     assert forward.options["num_stages"] == config.stages
     assert triton.knobs.runtime.jit_cache_hook is None  # nothing stays changed

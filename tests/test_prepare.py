@@ -13,7 +13,7 @@ from triton.runtime import JITFunction
 from dinat_triton.geometry import Geometry
 from dinat_triton.kernels import attention, prepare
 from dinat_triton.offline.targets import find_target
-from tests.oracles.gpu import GPU, Launched, pretended
+from tests.oracles.gpu import GPU, Launched, flat, pretended
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernels are interpreted")
 
@@ -53,7 +53,7 @@ def step(geometry: Geometry, number: int = 0, dropout_p: float = 0.0, shift: int
 
 def plain(launched: Launched) -> tuple:
     """Without the numbers in its tensors."""
-    arguments = [(x.dtype, x.shape) if isinstance(x, Tensor) else x for x in launched.arguments]
+    arguments = [(x.dtype, x.shape) if isinstance(x, Tensor) else x for x in flat(launched.arguments)]
     return launched.kernel, launched.variant, launched.grid, arguments
 
 

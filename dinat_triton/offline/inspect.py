@@ -17,6 +17,7 @@ import torch
 import triton
 from triton.compiler import ASTSource
 from triton.runtime import driver
+from triton.runtime.jit import convert_to_tuple_if_list
 
 from dinat_triton.kernels import attention
 from dinat_triton.kernels.backward import (
@@ -61,9 +62,10 @@ class KernelVariant:
 
     @cached_property
     def constants(self) -> dict[str, Any]:
-        """Compile-time arguments by name."""
+        """Compile-time arguments by name, without what Triton made of strides."""
         names = list(self.parts["signature"])
-        return {names[path[0]]: v for path, v in zip(*self._mapping("constant"), strict=True) if v is not None}
+        found = zip(*self._mapping("constant"), strict=True)
+        return {names[path[0]]: v for path, v in found if len(path) == 1 and v is not None}
 
     @property
     def takes_float32(self) -> bool:
@@ -72,7 +74,8 @@ class KernelVariant:
     @property
     def source(self) -> ASTSource:
         constants, attributes = (dict(zip(*self._mapping(x), strict=True)) for x in ("constant", "attrs"))
-        return ASTSource(KERNELS[self.kernel], self.parts["signature"], constants, attributes)
+        signature = {name: convert_to_tuple_if_list(kind) for name, kind in self.parts["signature"].items()}
+        return ASTSource(KERNELS[self.kernel], signature, constants, attributes)
 
     def _mapping(self, name: str) -> tuple[list[tuple[int, ...]], list[Any]]:
         key = name if name == "attrs" else "constant"

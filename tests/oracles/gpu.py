@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,12 @@ class Launched:
     arguments: tuple[Any, ...]
 
 
+def flat(arguments: Iterable[Any]) -> Iterator[Any]:
+    """Those in tuples one by one, as Triton passes them on."""
+    for x in arguments:
+        yield from flat(x) if isinstance(x, tuple) else (x,)
+
+
 class GPU:
     """Passes for Triton's driver of it, and keeps what was launched."""
 
@@ -53,7 +59,7 @@ class GPU:
             x: int, y: int, z: int, stream: int, kernel: ptx.Kernel, packed: Any, launched: Any, enter: Any, leave: Any,
             *arguments: Any,
         ) -> None:  # fmt: skip
-            pairs = zip(arguments, source.signature.values(), strict=True)
+            pairs = zip(flat(arguments), flat(source.signature.values()), strict=True)
             passed = [
                 np.array(x, INTEGERS[kind]) if kind in INTEGERS else x for x, kind in pairs if kind != "constexpr"
             ]
