@@ -61,11 +61,48 @@ def test_packed_sequences_do_not_see_each_other(is_causal: bool) -> None:
     assert (longest_query, longest_key) == (5, 5)
     names = ("cumulative_seqlen_Q", "cumulative_seqlen_KV", "max_seqlen_Q", "max_seqlen_KV")
     given = dict(zip(names, (*sums, longest_query, longest_key), strict=True))
-    torch.testing.assert_close(natten.attention(query, key, value, is_causal, **given), ours[0])
+    compiled = torch.compile(natten.attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    results = [f(query, key, value, is_causal, **given, return_lse=True) for f in (natten.attention, compiled)]
+    assert_same(*results, [query, key, value])
+    longer = torch.cat((query, query[:, :4]), 1)  # than its sequences
+    for attention in (natten.attention, compiled):
+        out = attention(longer, key, value, is_causal, **given)
+        torch.testing.assert_close(out, nn.functional.pad(ours[0], (0, 0, 0, 0, 0, 4)))
     with pytest.raises(ValueError, match="must be given together"):
         natten.attention(query, key, value, cumulative_seqlen_Q=sums[0])
-    with pytest.raises(ValueError, match="cumulative_seqlen_KV must go from 0 to the length 11"):
-        natten.attention(query, key, value, **given | {"cumulative_seqlen_KV": sums[0]})
+    for wrong in (sums[1] + 1, sums[1].flip(0), sums[1] * 2):
+        with pytest.raises(ValueError, match="cumulative_seqlen_KV must ascend from 0 to at most the length 11"):
+            natten.attention(query, key, value, **given | {"cumulative_seqlen_KV": wrong})
+
+
+def test_a_compiled_graph_of_packed_sequences_autocasts() -> None:
+    query, lengths = torch.randn(1, 8, 2, 4), torch.tensor([3, 5], dtype=torch.int32)
+    *sums, longest, _ = generate_varlen_parameters(query, query, query, lengths, lengths)
+
+    def attend(query: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return natten.attention(query, query, query, False, None, None, None, *sums, longest, longest)
+
+    expected = attend(query)
+    assert expected.dtype == torch.bfloat16
+    torch.testing.assert_close(torch.compile(attend, fullgraph=True, backend="aot_eager")(query), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_eight_bit_floats_are_rounded_once_and_have_no_gradients(dtype: torch.dtype) -> None:
+    query, key, value = torch.randn(3, 2, 6, 7, 2, 8).to(dtype)
+    out, lse = natten.na2d(query, key, value, 3, return_lse=True)
+    expected = natten.na2d(*(x.double() for x in (query, key, value)), 3, return_lse=True)
+    torch.testing.assert_close(lse.double(), expected[1], rtol=1e-3, atol=1e-3)
+    assert out.dtype == dtype
+    # half precision may round to the other neighbor of a number that lies in the middle of two
+    torch.testing.assert_close(out.double(), expected[0], rtol=torch.finfo(dtype).eps * 0.51, atol=1e-2)
+    packed = [x.flatten(1, 2) for x in (query, key, value)]
+    assert natten.attention(*packed).dtype == dtype
+    with pytest.raises(ValueError, match="8-bit floats have no gradient"):
+        natten.na2d(query.requires_grad_(), key, value, 3)
+    with pytest.raises(ValueError, match=r"one dtype, got torch\.float16, torch\.float8"):
+        natten.na2d(query.detach(), key.half(), value, 3)
 
 
 @pytest.mark.parametrize("count", [2, 5])

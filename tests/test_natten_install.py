@@ -106,6 +106,33 @@ def of_three_axes(q, k, v):
     return natten.na3d(q, k, v, kernel_size=(3, 3, 3), scale=1.0, backend="cutlass-fna")
 
 
+def of_three_axes_with_tiles(q, k, v):
+    from natten import use_autotuner, use_fused_na
+    from natten.functional import FusedNeighborhoodAttention3D
+
+    use_fused_na(True)
+    use_autotuner(True)
+    tiles = ((8, 2, 4), (8, 2, 4)), ((8, 4, 2), (8, 2, 4), (1, 45, 30), False)
+    return FusedNeighborhoodAttention3D.apply(q, k, v, None, (3, 3, 3), (1, 1, 1), (False,) * 3, 1.0, *tiles)
+
+
+def registers(q, k, v):
+    from natten.functional import na2d_av, na2d_qk
+
+    q, k, v = map(heads_first, (q, k, v))
+    scores = na2d_qk(q, k, 3, 2, additional_keys=k[:, :, 0, :0])
+    return na2d_av(scores.softmax(-1), v, 3, 2, additional_values=v[:, :, 0, :0]).movedim(1, -2)
+
+
+def wider_values(q, k, v):
+    try:
+        from natten.functional import na2d_av  # noqa: F401
+    except ImportError:
+        from natten import na2d
+    wide = torch.cat((v, v), -1)
+    return na2d(q, k, wide, kernel_size=(3, 3), dilation=(2, 2), stride=1, scale=1.0, backend="cutlass-fna")[..., :4]
+
+
 USERS = [
     (bias_by_position, "0.14.6"),
     (bias_by_position, "0.15.1"),
@@ -120,12 +147,15 @@ USERS = [
     (generic, "0.21.0"),
     (generic, None),
     (of_three_axes, "0.21.7"),
+    (of_three_axes_with_tiles, "0.17.3"),
+    (registers, "0.17.3"),
+    (wider_values, "0.21.7"),
 ]
 
 
 @pytest.mark.parametrize(("user", "version"), USERS, ids=lambda x: getattr(x, "__name__", x))
 def test_users_code_runs_unchanged(user: Callable, version: str | None) -> None:
-    is_clip = user is of_three_axes
+    is_clip = user in (of_three_axes, of_three_axes_with_tiles)
     qkv = [torch.randn(2, *(CLIP if is_clip else MAP), 2, 4, requires_grad=True) for _ in range(3)]
     rpb = RPB if user in (bias_by_position, bias_by_name, autograd_functions, switches) else None
     na, dilation = (dt.na3d, 1) if is_clip else (dt.na2d, 2)

@@ -10,13 +10,17 @@ from torch import Tensor
 
 from dinat_triton.functional import na1d, na2d
 from dinat_triton.integrations.natten.arguments import KNOBS, Refused, our_backend, refusing
-from dinat_triton.integrations.natten.varlen import sequences
+from dinat_triton.integrations.natten.eight_bit import takes_eight_bit
+from dinat_triton.integrations.natten.varlen import packing, sequences
+from dinat_triton.ops import LIBRARY
+from dinat_triton.reference import accumulator
 
 __all__ = ["attention", "merge_attentions"]
 
 Part = tuple[Tensor, Tensor]  # an output and its log-sum-exp
 
 
+@takes_eight_bit
 def attention(
     query: Tensor,
     key: Tensor,
@@ -61,12 +65,14 @@ def attention(
     if key.shape[:2] != value.shape[:2]:
         raise Refused(f"value must have the batch and length of key, {tuple(key.shape[:2])}, got {tuple(value.shape)}")
     lengths = (seqlens_Q, seqlens_KV), (cumulative_seqlen_Q, cumulative_seqlen_KV), (max_seqlen_Q, max_seqlen_KV)
+    options = (is_causal, scale, backend)
     with refusing():
-        parts = [
-            _attend(query[:, rows], key[:, columns], value[:, columns], is_causal, scale, backend)
-            for rows, columns in sequences(query, key, *lengths)
-        ]
-    out, lse = parts[0] if len(parts) == 1 else (torch.cat(x, 1) for x in zip(*parts, strict=True))
+        sums = packing(query, key, *lengths)
+        if sums is None:
+            out, lse = _attend(query, key, value, *options)
+        else:
+            call = PACKED if torch.compiler.is_compiling() else _packed
+            out, lse = call(*_autocast(query, key, value), *sums, *options)
     return (out, lse) if return_lse else out
 
 
@@ -76,7 +82,7 @@ def _attend(
     """Attention of one sequence."""
     n, m = query.shape[1], key.shape[1]
     if n == 0 or m == 0:
-        lse = query.new_full(query.shape[:-1], -torch.inf, dtype=torch.float32)
+        lse = query.new_full(query.shape[:-1], -torch.inf, dtype=accumulator(query.dtype))
         return query.new_zeros(*query.shape[:-1], value.shape[-1]), lse
     if not is_causal:
         return attend_to_all(query, key, value, scale, backend)
@@ -139,3 +145,70 @@ def merge_attentions(
         if lse.shape != shape[:3]:
             raise Refused(f"lse_tensors[{i}] must have shape {tuple(shape[:3])}, got {tuple(lse.shape)}")
     return merge(list(zip(outputs, lse_tensors, strict=True)))
+
+
+# Packed sequences in a compiled graph are an op, which reads where they end when it runs.
+LIBRARY.define(
+    "packed(Tensor query, Tensor key, Tensor value, Tensor of_queries, Tensor of_keys, bool is_causal, float? scale, "
+    "str? backend) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "packed_backward(Tensor query, Tensor key, Tensor value, Tensor of_queries, Tensor of_keys, bool is_causal, "
+    "float? scale, str? backend, Tensor grad_out, Tensor grad_lse) -> (Tensor, Tensor, Tensor)"
+)
+PACKED, PACKED_BACKWARD = torch.ops.dinat_triton.packed.default, torch.ops.dinat_triton.packed_backward.default
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors as autocast wants them, which is off where a compiled graph runs its ops."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    low = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(low) for x in tensors)
+
+
+def _packed(query: Tensor, key: Tensor, value: Tensor, of_queries: Tensor, of_keys: Tensor, *options: Any) -> Part:
+    """Attention of each sequence."""
+    parts = [
+        _attend(query[:, rows], key[:, columns], value[:, columns], *options)
+        for rows, columns in sequences(query, key, of_queries, of_keys)
+    ]
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, 1), torch.cat(lses, 1)
+
+
+def _packed_fake(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> Part:
+    shape = query.shape[:-1]
+    return query.new_empty(*shape, value.shape[-1]), query.new_empty(shape, dtype=accumulator(query.dtype))
+
+
+def _packed_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """Gradients of query, key and value. The forward is worked out again, so that nothing has to be kept of it."""
+    *inputs, grad_out, grad_lse = arguments
+    leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+    with torch.enable_grad():
+        outputs = _packed(*leaves, *inputs[3:])
+        # Sequences without queries or without keys have no part in any output.
+        grads = torch.autograd.grad(outputs, leaves, (grad_out, grad_lse), materialize_grads=True)
+    return tuple(grad.contiguous() for grad in grads)
+
+
+def _packed_backward_fake(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Part) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.options = inputs[5:]
+
+
+def _gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    return *PACKED_BACKWARD(*ctx.saved_tensors, *ctx.options, *grads), *[None] * 5
+
+
+LIBRARY.impl("packed", _packed, "CompositeExplicitAutograd")
+LIBRARY.impl("packed_backward", _packed_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("dinat_triton::packed", _packed_fake, lib=LIBRARY)
+torch.library.register_fake("dinat_triton::packed_backward", _packed_backward_fake, lib=LIBRARY)
+torch.library.register_autograd("dinat_triton::packed", _gradients, setup_context=_save, lib=LIBRARY)

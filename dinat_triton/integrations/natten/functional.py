@@ -14,6 +14,7 @@ from dinat_triton import functional
 from dinat_triton.functional import Bools, Ints
 from dinat_triton.integrations.natten.arguments import FUSED, Refused, check_window, named, our_backend, refusing
 from dinat_triton.integrations.natten.attention import attend_to_all, attention, merge, merge_attentions
+from dinat_triton.integrations.natten.eight_bit import takes_eight_bit
 from dinat_triton.integrations.natten.unfused import (
     NeighborhoodAttention1DAVAutogradFunction,
     NeighborhoodAttention1DQKAutogradFunction,
@@ -112,6 +113,7 @@ def neighborhood_attention_generic(
     return _attend(query.dim() - 3, None, query, key, value, kernel_size, **arguments)
 
 
+@takes_eight_bit
 def _attend(
     rank: int,
     line: str | None,

@@ -35,28 +35,37 @@ def generate_varlen_parameters(
     return of_queries, of_keys, int(seqlens_Q.max()), int(seqlens_KV.max())
 
 
-def sequences(
+def packing(
     query: Tensor, key: Tensor, lengths: Pair, cumulative: Pair, longest: tuple[int | None, int | None]
-) -> list[tuple[slice, slice]]:
-    """Where the queries and the keys of each sequence lie; one that has all of them if nothing is packed."""
+) -> tuple[Tensor, Tensor] | None:
+    """A 0 and the cumulative sums of the lengths, of queries and of keys; None if nothing is packed."""
     if any(x is not None for x in lengths):
         *cumulative, _, _ = generate_varlen_parameters(query, key, key, *lengths)  # type: ignore[assignment]
     elif all(x is None for x in cumulative) and not any(longest):
-        return [(slice(None), slice(None))]
+        return None
     elif any(x is None for x in (*cumulative, *longest)):
         raise Refused(
             "cumulative_seqlen_Q, cumulative_seqlen_KV, max_seqlen_Q and max_seqlen_KV must be given together"
         )
-    starts = []
-    for name, sums, x in zip(("cumulative_seqlen_Q", "cumulative_seqlen_KV"), cumulative, (query, key), strict=True):
-        assert sums is not None
+    of_queries, of_keys = cumulative
+    assert of_queries is not None
+    assert of_keys is not None
+    for name, sums in (("cumulative_seqlen_Q", of_queries), ("cumulative_seqlen_KV", of_keys)):
         _check(name, sums, query)
-        starts.append(sums.tolist())
-        if len(starts[-1]) < 2 or starts[-1][0] != 0 or starts[-1][-1] != x.shape[1]:
-            raise Refused(f"{name} must go from 0 to the length {x.shape[1]}, got {starts[-1]}")
-    if len(starts[0]) != len(starts[1]):
-        raise Refused(f"cumulative_seqlen_Q and _KV must be of one length, got {len(starts[0])} and {len(starts[1])}")
-    slices = ([slice(*ends) for ends in pairwise(x)] for x in starts)
+    if len(of_queries) != len(of_keys) or len(of_queries) < 2:
+        raise Refused(f"cumulative_seqlen_Q and _KV must be of one length, got {len(of_queries)} and {len(of_keys)}")
+    return of_queries, of_keys
+
+
+def sequences(query: Tensor, key: Tensor, of_queries: Tensor, of_keys: Tensor) -> list[tuple[slice, slice]]:
+    """Where the queries and the keys of each sequence lie; queries after the last one see no keys."""
+    ends = []
+    for name, sums, x in (("cumulative_seqlen_Q", of_queries, query), ("cumulative_seqlen_KV", of_keys, key)):
+        ends.append([*sums.tolist(), x.shape[1]])
+        if ends[-1][0] != 0 or ends[-1] != sorted(ends[-1]):
+            raise Refused(f"{name} must ascend from 0 to at most the length {x.shape[1]}, got {ends[-1][:-1]}")
+    slices = [[slice(*pair) for pair in pairwise(x)] for x in ends]
+    slices[1][-1] = slice(0)
     return list(zip(*slices, strict=True))
 
 
