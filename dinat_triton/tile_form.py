@@ -45,11 +45,13 @@ def attention(
     cells = (form.rows, form.columns, form.columns)
     q, k, v = (form.tiles(x, of_token, tokens) for (x, of_token), tokens in zip(sources, cells, strict=True))
     values = query.new_zeros(1, geometry.num_offsets) if rpb is None else rpb.flatten(1)
-    table, empty = _table(values.to(wide), form, heads)
+    table = _table(values.to(wide), form, heads)
+    empty = table.isneginf().all(-1, keepdim=True) if rpb is not None and may_hide else None
+    table = table if empty is None else table.masked_fill(empty, 0)
     logits = ((q * scale) @ k.mT).to(wide) + table
     out = logits.softmax(-1).to(v.dtype) @ v
     lse = logits.logsumexp(-1, keepdim=True)
-    if rpb is not None and may_hide:
+    if empty is not None:
         out, lse = out.masked_fill(empty, 0), lse.masked_fill(empty, -torch.inf)
     out, lse = (form.in_order(x, heads).view(-1, *geometry.shape, heads, x.shape[-1]) for x in (out, lse))
     return out, lse.squeeze(-1)
@@ -65,7 +67,7 @@ class Form:
     Attributes:
         rows, columns: `[tiles, rows]` and `[tiles, columns]`: tokens; padding repeats a tile's first.
         order: `[tokens]`: the place of each token among the rows of all tiles.
-        pair_index: `[classes, rows, columns]`: bias indices; padding is masked.
+        pair_index: `[classes, rows, columns]`: bias indices; padding columns are masked, padding rows repeat the last.
         class_of: `[tiles]`.
     """
 
@@ -105,8 +107,9 @@ def form_of(geometry: Geometry) -> Form:
         columns.append(own_columns)
         is_row.append(np.broadcast_to(np.arange(most_rows) < len(tiles.rows), own_rows.shape).ravel())
         rel = tiles.rel()
-        missing = [(0, most - n) for most, n in zip(plan.largest, rel.shape, strict=True)]
-        pairs.append(np.pad(np.where(rel < 0, masked, rel), missing, constant_values=masked))
+        more_rows, more_columns = (most - n for most, n in zip(plan.largest, rel.shape, strict=True))
+        rel = np.pad(np.where(rel < 0, masked, rel), ((0, 0), (0, more_columns)), constant_values=masked)
+        pairs.append(np.pad(rel, ((0, more_rows), (0, 0)), mode="edge"))
     slots = np.flatnonzero(np.concatenate(is_row))
     order = slots[np.argsort(np.concatenate(rows).ravel()[slots])]
     class_of = np.repeat(np.arange(len(pairs)), plan.shapes[:, 0])
@@ -126,14 +129,12 @@ def take(x: Tensor, vectors: IntArray) -> Tensor:
     return x.index_select(1, torch.as_tensor(vectors.ravel(), device=x.device))
 
 
-def _table(bias: Tensor, form: Form, heads: int) -> tuple[Tensor, Tensor]:
-    """What to add to the logits, `[1, heads or tiles * heads, rows, columns]`, and which rows see nothing."""
+def _table(bias: Tensor, form: Form, heads: int) -> Tensor:
+    """What to add to the logits, `[1, heads or tiles * heads, rows, columns]`."""
     values = torch.nn.functional.pad(bias, (0, 1), value=-torch.inf)  # the masked pairs' is behind the last
     index = torch.as_tensor(form.pair_index.ravel(), device=bias.device)
     table = values.index_select(1, index).unflatten(1, form.pair_index.shape).transpose(0, 1)
-    empty = table.isneginf().all(-1, keepdim=True)
-    table = table.masked_fill(empty, 0)
     if len(form.pair_index) > 1:
         class_of = torch.as_tensor(form.class_of, device=bias.device)
-        table, empty = (x.index_select(0, class_of).expand(-1, heads, -1, -1) for x in (table, empty))
-    return table.flatten(0, 1)[None], empty.flatten(0, 1)[None]
+        table = table.index_select(0, class_of).expand(-1, heads, -1, -1)
+    return table.flatten(0, 1)[None]

@@ -75,6 +75,15 @@ def test_every_format_computes_what_the_model_does(to: str, tmp_path: Path) -> N
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in FORMATS[to].files(path))
 
 
+def test_onnx_in_int8_is_smaller_and_close(tmp_path: Path) -> None:
+    model, path = timm.create_model("dinat_mini", depths=(1, 1, 1, 1), dilations=1).eval(), tmp_path / "model.onnx"
+    written = export(model, path, "onnx", size=(40, 52), dtype=torch.int8)
+    assert 0 < written.difference < 0.05 * written.largest
+    assert path.stat().st_size < 0.5 * 4 * sum(p.numel() for p in model.parameters())
+    with pytest.raises(ValueError, match="dtype for format 'pt2' must be one of"):
+        export(model, tmp_path / "model.pt2", "pt2", dtype=torch.int8)
+
+
 MODELS = {
     "mini": lambda: (timm.create_model("dinat_mini"), (224, 224)),
     "mini, another size": lambda: (timm.create_model("dinat_mini"), (256, 192)),

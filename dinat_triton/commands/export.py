@@ -9,7 +9,7 @@ from dinat_triton.commands.classify import class_names
 from dinat_triton.commands.inputs import HUB, add_weights, build
 from dinat_triton.commands.options import add_force
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", nargs=2, type=int, action="append", default=[], metavar=("HEIGHT", "WIDTH"),
                         help="of the images (default: the model's); again for further files")  # fmt: skip
     parser.add_argument("--batch", type=batch, metavar="N", help="images at once, or dynamic: any number (default)")
-    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="to compute in (default: float32)")
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0],
+                        help="to compute in; int8 is for onnx (default: float32)")  # fmt: skip
     add_force(parser)
 
 

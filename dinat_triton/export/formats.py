@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 Metadata = dict[str, str]
 Runnable = Callable[[Tensor], Tensor]
 IN_FILE = "metadata.json"
@@ -29,11 +30,13 @@ class Format:
         name: As it is asked for.
         ending: Of its files' names.
         packages: What writing and running needs besides torch; the extra `export` brings them.
+        dtypes: What it can compute in.
     """
 
     name: str
     ending: str
     packages: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = FLOATS
 
     def check_installed(self) -> None:
         """Refuses a format whose packages are missing."""
@@ -47,8 +50,17 @@ class Format:
         """All files of a model, the one it is asked for by first."""
         return [path]
 
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        """Refuses what it cannot compute in."""
+        if dtype not in self.dtypes:
+            raise ValueError(f"dtype for format {self.name!r} must be one of {self.dtypes}, got {dtype}")
+
     def write(self, program: ExportedProgram, files: list[Path], metadata: Metadata) -> None:
         """Writes the files."""
+        raise NotImplementedError
+
+    def quantize(self, files: list[Path]) -> None:
+        """Rounds the weights of files to int8; each batch's activations are rounded as they come."""
         raise NotImplementedError
 
     def load(self, files: list[Path], threads: int | None = None) -> Runnable:
@@ -64,11 +76,22 @@ class Onnx(Format):
     """ONNX, run by ONNX Runtime."""
 
     name, ending, packages = "onnx", ".onnx", ("onnx", "onnxscript", "onnxruntime")
+    dtypes = (*FLOATS, torch.int8)
 
     def write(self, program: ExportedProgram, files: list[Path], metadata: Metadata) -> None:
         found = onnx_program(program)
         found.model.metadata_props.update(metadata)
         found.save(files[0])
+
+    def quantize(self, files: list[Path]) -> None:
+        import onnx
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+        from onnxruntime.quantization.quant_utils import add_pre_process_metadata
+
+        model = onnx.load(files[0])
+        add_pre_process_metadata(model)  # shapes are in it, which is all that would be asked for
+        options = {"op_types_to_quantize": ["MatMul", "Gemm"], "per_channel": True}
+        quantize_dynamic(model, files[0], weight_type=QuantType.QInt8, **options)
 
     def load(self, files: list[Path], threads: int | None = None) -> Runnable:
         import onnxruntime

@@ -21,7 +21,7 @@ from dinat_triton.export.formats import Format, Metadata, format_of
 from dinat_triton.files import check_target, replacing
 
 # The largest difference that a file's output may have from the model's, of the largest output.
-BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01, torch.int8: 0.1}
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ def export(
         to: Its format: "onnx", "openvino", "aoti", "torchscript" or "pt2".
         size: Height and width of all images; those the model was made for by default.
         batch: Images at once; any number by default.
-        dtype: What is computed in: float32, bfloat16 or float16. Images and output are float32 all the same.
+        dtype: What is computed in: float32, bfloat16 or float16, and for ONNX int8: weights and inputs of linear layers
+            are rounded to it. Images and output are float32 all the same.
         class_names: Written into the file.
         force: Whether to replace a file that is there already.
 
@@ -66,8 +67,7 @@ def export(
         Where it is and how far its output is from the model's. A file that is too far off is not left behind.
     """
     format, path = format_of(to), Path(path)
-    if dtype not in BOUNDS:
-        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    format.check_dtype(dtype)
     if batch is not None and batch < 1:
         raise ValueError(f"batch must be at least 1, or None for any, got {batch}")
     check_target(path, endings=(format.ending,), force=force)
@@ -77,11 +77,13 @@ def export(
     channels, *own_size = config["input_size"]
     height, width = size or own_size
     images = torch.randn(batch or 2, channels, height, width, generator=torch.Generator().manual_seed(0))
-    model = InDtype(model, dtype)
+    model = InDtype(model, torch.float32 if dtype == torch.int8 else dtype)
     program = trace(model, images, any_batch=batch is None)
     with ExitStack() as stack:
         besides = [stack.enter_context(replacing(file)) for file in format.files(path)]
         format.write(program, besides, metadata_of(config, (height, width), batch, dtype, class_names))
+        if dtype == torch.int8:
+            format.quantize(besides)
         # Any other batch and other images than those that were traced.
         images = images.flip(0, 3) if batch else images.flip(3).repeat(2, 1, 1, 1)[:3]
         difference, largest = compare(format, besides, model, images)
