@@ -78,29 +78,31 @@ class _Exchange(torch.autograd.Function):
 
 
 def _move(tensors: Sequence[Tensor], dim: int, route: Route, group: dist.ProcessGroup) -> list[Tensor]:
-    sent = [[x.index_select(dim, places) for x in tensors] for places in route.sends]
-    shapes = [[_resized(x, dim, len(places)) for x in tensors] for places in route.receives]
+    rank = dist.get_rank(group)
+    received = _swap(tensors, dim, route, rank, group)
+    received[rank] = [x.index_select(dim, route.sends[rank]) for x in tensors]
     moved = [x.new_zeros(_resized(x, dim, route.wanted)) for x in tensors]
-    for parts, places in zip(_swap(sent, shapes, route.is_idle, group), route.receives, strict=True):
+    for parts, places in zip(received, route.receives, strict=True):
         for whole, part in zip(moved, parts, strict=True):
             whole.index_add_(dim, places, part)
     return moved
 
 
-def _swap(
-    sent: list[list[Tensor]], shapes: list[list[list[int]]], is_idle: bool, group: dist.ProcessGroup
-) -> list[list[Tensor]]:
-    """What every rank sends to this one, of given shapes. What it sends to itself stays where it is."""
-    rank = dist.get_rank(group)
-    own = sent[rank]
-    to = [0 if i == rank else sum(x.numel() for x in parts) for i, parts in enumerate(sent)]
-    at = [0 if i == rank else sum(map(prod, parts)) for i, parts in enumerate(shapes)]
-    packed = torch.cat([x.reshape(-1) for i, parts in enumerate(sent) if i != rank for x in parts])
-    received = packed.new_empty(sum(at))
-    if not is_idle:
-        dist.all_to_all_single(received, packed, at, to, group=group)
-    parts = zip(received.split(at), shapes, strict=True)
-    return [own if i == rank else _unpack(chunk, form) for i, (chunk, form) in enumerate(parts)]
+def _swap(tensors: Sequence[Tensor], dim: int, route: Route, rank: int, group: dist.ProcessGroup) -> list[list[Tensor]]:
+    """What each other rank sends to this one."""
+    others = [places if i != rank else places[:0] for i, places in enumerate(route.sends)]
+    shapes = [
+        [_resized(x, dim, len(places) if i != rank else 0) for x in tensors] for i, places in enumerate(route.receives)
+    ]
+    counts = [sum(map(prod, parts)) for parts in shapes]
+    if route.is_idle:
+        received = tensors[0].new_empty(0)
+    else:
+        per_token = sum(prod(_resized(x, dim, 1)) for x in tensors)
+        packed = torch.cat([x.index_select(dim, places).reshape(-1) for places in others for x in tensors])
+        received = packed.new_empty(sum(counts))
+        dist.all_to_all_single(received, packed, counts, [per_token * len(places) for places in others], group=group)
+    return [_unpack(chunk, parts) for chunk, parts in zip(received.split(counts), shapes, strict=True)]
 
 
 def _unpack(chunk: Tensor, shapes: list[list[int]]) -> list[Tensor]:

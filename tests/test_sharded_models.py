@@ -1,7 +1,5 @@
 """Models on images cut over processes against one process with the whole image."""
 
-from pathlib import Path
-
 import pytest
 import timm
 import torch
@@ -13,7 +11,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import dinat_triton as dt
-from tests.test_distributed import spawn
+from tests.test_sharded_maps import in_a_group
 
 SMALL = {"embed_dim": 16, "depths": (2, 1, 1), "num_heads": (2, 2, 4), "num_classes": 3, "kernel_size": 3}
 
@@ -70,7 +68,7 @@ def family() -> None:
 
 
 def composed() -> None:
-    """Half of the images on each half of the ranks, with DDP and with FSDP2; recomputed and compiled parts."""
+    """Half of the images on each half of the ranks, with DDP and with FSDP2; recomputed, and a compiled part."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "map"))
     options = SMALL | {"dilations": [[1, 4], 2, 1], "drop_path_rate": 0.0}
     images = torch.randn(4, 3, 72, 40, dtype=torch.float64)
@@ -82,13 +80,12 @@ def composed() -> None:
     def sharded() -> nn.Module:
         made = dt.distributed.shard_map(model("dinat_mini", **options), mesh["map"])
         made.set_grad_checkpointing(True)
-        for block in made.levels[0].blocks:
-            block.mlp.compile(backend="aot_eager")
         return made
 
     part = cut(images[own], mesh["map"])
     same(step(DistributedDataParallel(sharded(), process_group=mesh.get_group("data")), part), expected)
     fully = sharded()
+    fully.levels[2].blocks[0].mlp.compile(backend="aot_eager")
     for level in fully.levels:
         for block in level.blocks:
             fully_shard(block, mesh=mesh["data"])
@@ -118,13 +115,13 @@ def features() -> None:
         dt.distributed.shard_map(nn.Conv2d(3, 4, 3), mesh)
 
 
-def test_the_family_on_parts_of_images(tmp_path: Path) -> None:
-    spawn(family, tmp_path)
+def test_the_family_on_parts_of_images() -> None:
+    in_a_group(4, family)
 
 
-def test_data_parallelism_beside(tmp_path: Path) -> None:
-    spawn(composed, tmp_path)
+def test_data_parallelism_beside() -> None:
+    in_a_group(4, composed)
 
 
-def test_features_of_parts(tmp_path: Path) -> None:
-    spawn(features, tmp_path, ranks=3)
+def test_features_of_parts() -> None:
+    in_a_group(3, features)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from math import prod
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
-from torch.multiprocessing.spawn import start_processes
 
 import dinat_triton as dt
 from dinat_triton import plots
@@ -23,19 +21,18 @@ from dinat_triton.distributed.shares import CLASSES, HALO, chunks, shares
 from dinat_triton.geometry import Axis
 from tests.oracles.cases import NA, Case, make_case
 from tests.oracles.sampling import sample
+from tests.processes import in_processes
 
 TIMEOUT = timedelta(seconds=60)  # of a collective that some rank does not join: nothing here may hang
 MESHES = [(2,), (3,), (4,), (2, 2)]
 
 
-def spawn(program: Callable[..., None], folder: Path, ranks: int = 4, timeout: timedelta = TIMEOUT) -> None:
-    # Forked, because new processes would take longer to import torch than for all else.
-    start_processes(joined, (ranks, f"file://{folder}/store", timeout, program), nprocs=ranks, start_method="fork")
+def in_a_group(ranks: int, program: Callable[[], None], timeout: timedelta = TIMEOUT) -> None:
+    in_processes(ranks, joined, program, timeout)
 
 
-def joined(rank: int, ranks: int, store: str, timeout: timedelta, program: Callable[[], None]) -> None:
-    torch.set_num_threads(1)  # OpenMP's threads do not live on in a forked process
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timeout)
+def joined(program: Callable[[], None], timeout: timedelta) -> None:
+    dist.init_process_group("gloo", timeout=timeout)
     program()
     dist.destroy_process_group()
 
@@ -146,13 +143,13 @@ def compare(cases: int, first: int) -> None:
         assert received[0] == 2 * received[1], (received, case.sample, placements)
 
 
-def test_sharded_maps_equal_whole_ones(tmp_path: Path) -> None:
-    spawn(partial(compare, 16, 0), tmp_path)
+def test_sharded_maps_equal_whole_ones() -> None:
+    in_a_group(4, partial(compare, 16, 0))
 
 
 @pytest.mark.slow
-def test_many_sharded_maps_equal_whole_ones(tmp_path: Path) -> None:
-    spawn(partial(compare, 300, 100), tmp_path)
+def test_many_sharded_maps_equal_whole_ones() -> None:
+    in_a_group(4, partial(compare, 300, 100))
 
 
 def refuse_alike() -> None:
@@ -209,9 +206,9 @@ def lose_a_rank() -> None:
     os._exit(0)  # nor can the group be left in good order
 
 
-def test_every_rank_raises(tmp_path: Path) -> None:
-    spawn(refuse_alike, tmp_path, ranks=3)
+def test_every_rank_raises() -> None:
+    in_a_group(3, refuse_alike)
 
 
-def test_ranks_do_not_wait_for_a_dead_one(tmp_path: Path) -> None:
-    spawn(lose_a_rank, tmp_path, ranks=3, timeout=timedelta(seconds=5))
+def test_ranks_do_not_wait_for_a_dead_one() -> None:
+    in_a_group(3, lose_a_rank, timedelta(seconds=5))
