@@ -30,7 +30,7 @@ class AttentionLayer:
     @property
     def title(self) -> str:
         """The stage and block in the layer's name, and its window."""
-        kernels, _, dilations, _ = (split_window(self.module.window)[i] for i in range(4))
+        kernels, _, dilations, *_ = split_window(self.module.window)
         numbers = [part for part in self.name.split(".") if part.isdigit()]
         where = ("stage {}, block {}" if len(numbers) == 2 else "layer {}").format(*(int(n) + 1 for n in numbers))
         return f"{where if numbers else self.name}: kernel {kernels[0]}, dilation {dilations[0]}"

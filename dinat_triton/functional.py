@@ -12,20 +12,24 @@ from torch.overrides import handle_torch_function, has_torch_function
 from dinat_triton import ops
 from dinat_triton.checks import check_rank
 from dinat_triton.dispatch import current_backend
-from dinat_triton.geometry import broadcast_bools, broadcast_ints
+from dinat_triton.geometry import BORDERS, SHIFT, broadcast_bools, broadcast_borders, broadcast_ints
 from dinat_triton.map_batch import flat_sizes
 
 Ints = int | Sequence[int]
 Bools = bool | Sequence[bool]
+Borders = str | Sequence[str]
 
 
-def window_of(rank: int, kernel_size: Ints, stride: Ints, dilation: Ints, is_causal: Bools) -> list[int]:
-    """The ops' flat form of a window: kernel_size, stride, dilation and is_causal of every axis."""
+def window_of(
+    rank: int, kernel_size: Ints, stride: Ints, dilation: Ints, is_causal: Bools, border: Borders = SHIFT
+) -> list[int]:
+    """The ops' flat form of a window: every axis' kernel_size, stride, dilation, is_causal, and its border's number."""
     return [
         *broadcast_ints("kernel_size", kernel_size, rank),
         *broadcast_ints("stride", stride, rank),
         *broadcast_ints("dilation", dilation, rank),
         *map(int, broadcast_bools("is_causal", is_causal, rank)),
+        *((0,) * rank if border == SHIFT else map(BORDERS.index, broadcast_borders(border, rank))),
     ]
 
 
@@ -62,6 +66,7 @@ def _public(rank: int):
         stride: Ints = 1,
         dilation: Ints = 1,
         is_causal: Bools = False,
+        border: Borders = SHIFT,
         rpb: Tensor | None = None,
         scale: float | None = None,
         dropout_p: float = 0.0,
@@ -70,9 +75,9 @@ def _public(rank: int):
         sizes: Sequence[Ints] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         if has_torch_function((query, key, value, rpb)):
-            options: dict[str, Any] = {"stride": stride, "dilation": dilation, "is_causal": is_causal, "rpb": rpb}
-            options |= {"scale": scale, "dropout_p": dropout_p, "return_lse": return_lse, "backend": backend}
-            options["sizes"] = sizes
+            options: dict[str, Any] = {"stride": stride, "dilation": dilation, "is_causal": is_causal, "border": border}
+            options |= {"rpb": rpb, "scale": scale, "dropout_p": dropout_p}
+            options |= {"return_lse": return_lse, "backend": backend, "sizes": sizes}
             return handle_torch_function(na, (query, key, value, rpb), query, key, value, kernel_size, **options)
         if _is_sharded(query, key, value, rpb):
             from dinat_triton.distributed import dtensors
@@ -80,11 +85,11 @@ def _public(rank: int):
             if sizes is not None:
                 raise ValueError(f"sizes must be None for DTensors, whose maps are all alike, got {sizes}")
             rest = {"rpb": rpb, "scale": scale, "dropout_p": dropout_p, "return_lse": return_lse, "backend": backend}
-            out, lse = dtensors.na(rank, query, key, value, kernel_size, stride, dilation, is_causal, **rest)
+            out, lse = dtensors.na(rank, query, key, value, kernel_size, stride, dilation, is_causal, border, **rest)
             return out if lse is None else (out, lse)
         for name, x in (("query", query), ("key", key), ("value", value)):
             check_rank(name, x, rank, sizes is not None)
-        window = window_of(rank, kernel_size, stride, dilation, is_causal)
+        window = window_of(rank, kernel_size, stride, dilation, is_causal, border)
         flat = None if sizes is None else flat_sizes(sizes, rank)
         out, lse = attend([query, key, value], window, rpb, scale, dropout_p, return_lse, backend, flat)
         return (out, lse) if return_lse else out
@@ -93,8 +98,8 @@ def _public(rank: int):
     na.__name__ = na.__qualname__ = f"na{rank}d"
     na.__doc__ = f"""{rank}-D neighborhood attention: every query attends to the window of keys around it.
 
-    `softmax(scale * query . key + rpb) . value` over each query's window. Windows at the border shift inwards and keep
-    their size. Integers and booleans broadcast over the axes.
+    `softmax(scale * query . key + rpb) . value` over each query's window. Integers, booleans and names broadcast over
+    the axes.
 
     Args:
         query: `[batch, {", ".join(axes)}, heads, dim]`, any strides.
@@ -102,8 +107,11 @@ def _public(rank: int):
         value: As key; may have another dim.
         kernel_size: Keys in a window along each axis.
         stride: Queries that share one window.
-        dilation: Distance between neighboring keys of a window; `kernel_size * dilation` must fit the map.
+        dilation: Distance between neighboring keys of a window; `kernel_size * dilation` must fit the map, unless
+            its border clips.
         is_causal: Whether a query sees only keys at or before its own position on that axis.
+        border: What becomes of windows that would pass an end of the map. "shift" moves them inwards and keeps their
+            size, "clip" cuts them, "wrap" has them go on at the other end; that axis' dilation must divide its length.
         rpb: Relative positional bias `[heads, 2 * kernel_size - 1 per axis]`, in units of dilation, not scaled. -inf
             hides a key; a query that sees none gets zeros, and a log-sum-exp of -inf.
         scale: Of the dot products; `dim ** -0.5` by default.

@@ -4,7 +4,8 @@ This is the only module that knows windows, borders, dilation, stride and causal
 N dimensions a neighborhood is the Cartesian product of the axes' windows.
 
 Dilation splits an axis into residue classes (`position % dilation`) that never mix. Inside a class, tokens are counted
-by their class index (`position // dilation`), and windows are intervals of class indices.
+by their class index (`position // dilation`), and windows are intervals of class indices. On an axis that wraps around
+these count on beyond both ends, where they name the same tokens again; its classes are all of one length.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ from numpy.typing import NDArray
 
 IntArray = NDArray[np.int64]
 
+# What becomes of a window that would pass an end of its axis: it moves inwards, is cut, or goes on at the other end.
+BORDERS = SHIFT, CLIP, WRAP = "shift", "clip", "wrap"
+# Numbers that a flat window has per axis.
+WINDOW_FIELDS = 5
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -29,6 +35,7 @@ class Axis:
     dilation: int
     stride: int
     causal: bool
+    border: str = SHIFT
 
     @property
     def num_offsets(self) -> int:
@@ -42,7 +49,7 @@ class Axis:
         return sum(count * int((end - start).sum()) for count, start, end in windows)
 
     @property
-    def border(self) -> int:
+    def margin(self) -> int:
         """Distance from the ends of a residue class at which neither windows nor observers know of them any more."""
         return self.kernel + self.stride
 
@@ -51,18 +58,21 @@ class Axis:
         length, longer = divmod(self.size, self.dilation)
         if longer:
             yield length + 1, np.arange(longer)
-        yield length, np.arange(longer, self.dilation)
+        if length:
+            yield length, np.arange(longer, self.dilation)
 
     def windows(self, length: int) -> tuple[IntArray, IntArray]:
         """Half-open interval of keys that each query of a residue class sees, in class indices."""
         query = np.arange(length)
-        leader = query // self.stride * self.stride
-        if self.causal:
-            leader = np.minimum(leader + self.stride - 1, length - 1)
-            return np.maximum(leader - self.kernel + 1, 0), query + 1
-        leader = np.minimum(leader + self.stride // 2, length - 1)
-        start = np.minimum(np.maximum(leader - self.kernel // 2, 0), length - self.kernel)
-        return start, start + self.kernel
+        leader = query // self.stride * self.stride + (self.stride - 1 if self.causal else self.stride // 2)
+        if self.border == SHIFT:
+            leader = np.minimum(leader, length - 1)
+        start = leader - (self.kernel - 1 if self.causal else self.kernel // 2)
+        if self.border == SHIFT and not self.causal:
+            start = np.minimum(np.maximum(start, 0), length - self.kernel)
+            return start, start + self.kernel
+        end = query + 1 if self.causal else start + self.kernel
+        return (start, end) if self.border == WRAP else (np.maximum(start, 0), np.minimum(end, length))
 
     def observers(self, length: int) -> tuple[IntArray, IntArray]:
         """Half-open interval of queries that see each key of a residue class, in class indices.
@@ -70,15 +80,18 @@ class Axis:
         Both ends of a window never move back as the query moves on, so the inverse of an interval map is one too.
         """
         start, end = self.windows(length)
+        if self.border == WRAP:  # three rounds of queries, of which the second is this one
+            start, end = (np.concatenate((x - length, x, x + length)) for x in (start, end))
         key = np.arange(length)
-        return np.searchsorted(end, key, side="right"), np.searchsorted(start, key, side="right")
+        first, past = np.searchsorted(end, key, side="right"), np.searchsorted(start, key, side="right")
+        return (first - length, past - length) if self.border == WRAP else (first, past)
 
     def seen_at(self, position: int, inverse: bool = False) -> IntArray:
         """Positions that the query at a position sees, or those of the queries that see the key there."""
         index, residue = divmod(position, self.dilation)
         length = -((residue - self.size) // self.dilation)
         start, end = (self.observers if inverse else self.windows)(length)
-        return np.arange(start[index], end[index]) * self.dilation + residue
+        return (np.arange(start[index], end[index]) * self.dilation + residue) % self.size
 
     def neighbors(self) -> tuple[IntArray, IntArray]:
         """Positions and bias indices of every query's keys, both `[size, kernel]`, -1 where a window is shorter."""
@@ -100,7 +113,7 @@ class Axis:
             offset = self.offset(member, index[:, None]) if not inverse else self.offset(index[:, None], member)
             for residue in residues:
                 own = index * self.dilation + residue
-                positions[own] = np.where(seen, member * self.dilation + residue, -1)
+                positions[own] = np.where(seen, (member * self.dilation + residue) % self.size, -1)
                 offsets[own] = np.where(seen, offset, -1)
         return positions, offsets
 
@@ -119,6 +132,9 @@ class Geometry:
         dilation: Distance between neighboring keys of a window.
         stride: Queries that share one window. 1 slides it, `kernel_size` gives blocked attention.
         is_causal: Whether a query sees only keys at or before its own position on that axis.
+        border: "shift" moves windows that would pass an end inwards, "clip" cuts them, "wrap" has them go on at the
+            other end, the keys before a causal query too. A clipped window may be larger than the map; a wrapped axis
+            needs a length that is a multiple of its dilation.
 
     All but `shape` broadcast over the axes.
     """
@@ -128,6 +144,7 @@ class Geometry:
     dilation: tuple[int, ...] = (1,)
     stride: tuple[int, ...] = (1,)
     is_causal: tuple[bool, ...] = (False,)
+    border: tuple[str, ...] = (SHIFT,)
 
     def __post_init__(self) -> None:
         shape = self.shape if isinstance(self.shape, Sequence) else (self.shape,)
@@ -138,14 +155,15 @@ class Geometry:
         for name in ("kernel_size", "dilation", "stride"):
             object.__setattr__(self, name, broadcast_ints(name, getattr(self, name), rank))
         object.__setattr__(self, "is_causal", broadcast_bools("is_causal", self.is_causal, rank))
+        object.__setattr__(self, "border", broadcast_borders(self.border, rank))
         for axis, (k, s) in enumerate(zip(self.kernel_size, self.stride, strict=True)):
             if s > k:
                 raise ValueError(f"stride must not exceed kernel_size {k}, got {s} on axis {axis}")
-        check_fits(self.shape, self.kernel_size, self.dilation)
+        check_fits(self.shape, self.kernel_size, self.dilation, self.border)
 
     @cached_property
     def axes(self) -> tuple[Axis, ...]:
-        fields = (self.shape, self.kernel_size, self.dilation, self.stride, self.is_causal)
+        fields = (self.shape, self.kernel_size, self.dilation, self.stride, self.is_causal, self.border)
         return tuple(Axis(*values) for values in zip(*fields, strict=True))
 
     @property
@@ -178,7 +196,7 @@ class Geometry:
     def neighbors(self) -> tuple[IntArray, IntArray]:
         """Tokens and bias indices of the keys of every query.
 
-        Both are `[tokens, prod(kernel_size)]`, the window in row-major order; -1 where a causal window is shorter.
+        Both are `[tokens, prod(kernel_size)]`, the window in row-major order; -1 where a window is shorter.
         Tokens are counted in row-major order over the map, bias indices in row-major order over `bias_shape`.
         """
         return self._product([axis.neighbors() for axis in self.axes])
@@ -213,15 +231,23 @@ class Geometry:
         return tokens, offsets
 
 
-def check_fits(shape: Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int]) -> None:
-    """Refuses a map that is smaller than a window. Its lengths may be symbols of a graph."""
-    for axis, (n, k, d) in enumerate(zip(shape, kernel_size, dilation, strict=True)):
-        if k * d > n:
+def check_fits(
+    shape: Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int], border: Sequence[str]
+) -> None:
+    """Refuses a map that is too small for a window, or of a wrong length. Its lengths may be symbols of a graph."""
+    for axis, (n, k, d, b) in enumerate(zip(shape, kernel_size, dilation, border, strict=True)):
+        if k * d > n and b != CLIP:
             n = int(n)
             smaller = f"a dilation of at most {n // k}" if k <= n else f"a kernel_size of at most {n}"
+            pad = f"pad the input to at least {k * d} (the NeighborhoodAttention modules do), or " if b == SHIFT else ""
             raise ValueError(
                 f"kernel_size * dilation must fit the map: {k} * {d} = {k * d} exceeds length {n} of axis {axis}; "
-                f"pad the input to at least {k * d} (the NeighborhoodAttention modules do), or use {smaller}"
+                f"{pad}use {smaller}, or border='clip'"
+            )
+        if b == WRAP and n % d:
+            raise ValueError(
+                f"dilation must divide the length of an axis that wraps around, got {d} for length {int(n)} of axis "
+                f"{axis}; a length of {int(n) - int(n) % d + d} would do"
             )
 
 
@@ -288,6 +314,14 @@ def broadcast_bools(name: str, value: bool | Sequence[bool], rank: int) -> tuple
     return tuple(bool(v) for v in values)
 
 
+def broadcast_borders(border: str | Sequence[str], rank: int) -> tuple[str, ...]:
+    """One border per axis."""
+    values = _broadcast("border", border, rank, "name")
+    if not all(isinstance(b, str) and b in BORDERS for b in values):
+        raise ValueError(f"border must be one of {', '.join(map(repr, BORDERS))}, or one per axis, got {border!r}")
+    return values
+
+
 def _broadcast(name: str, value, rank: int, kind: str) -> tuple:
     if not isinstance(value, (list, tuple)):
         return (value,) * rank
@@ -300,15 +334,29 @@ def _broadcast(name: str, value, rank: int, kind: str) -> tuple:
 
 @lru_cache(maxsize=512)
 def geometry_of(shape: tuple[int, ...], window: tuple[int, ...]) -> Geometry:
-    """The geometry of a map and a flat window: kernel_size, stride, dilation and is_causal of all axes in turn.
+    """The geometry of a map and a flat window, as `split_window` takes it apart.
 
     Cached, because checking a geometry anew takes longer than launching a small layer.
     """
-    kernel_size, stride, dilation, is_causal = split_window(window)
-    return Geometry(shape, kernel_size, dilation, stride, tuple(map(bool, is_causal)))
+    kernel_size, stride, dilation, is_causal, border = split_window(window)
+    return Geometry(shape, kernel_size, dilation, stride, tuple(map(bool, is_causal)), borders_of(border))
 
 
 def split_window(window: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """kernel_size, stride, dilation and is_causal out of a flat window."""
-    rank = len(window) // 4
-    return tuple(tuple(window[i : i + rank]) for i in range(0, 4 * rank, rank))
+    """kernel_size, stride, dilation, is_causal and places in BORDERS, each of all axes, out of a flat window."""
+    if not window or len(window) % WINDOW_FIELDS:
+        raise ValueError(f"a window must have {WINDOW_FIELDS} numbers per axis, got {len(window)}")
+    rank = rank_of(window)
+    return tuple(tuple(window[i : i + rank]) for i in range(0, len(window), rank))
+
+
+def borders_of(codes: Sequence[int]) -> tuple[str, ...]:
+    """The names of borders that a flat window has by their places."""
+    if not all(0 <= code < len(BORDERS) for code in codes):
+        raise ValueError(f"a window's borders must be places in {BORDERS}, got {tuple(codes)}")
+    return tuple(BORDERS[code] for code in codes)
+
+
+def rank_of(window: Sequence[int]) -> int:
+    """Axes of a flat window."""
+    return len(window) // WINDOW_FIELDS

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dinat_triton.geometry import Geometry, broadcast_ints, geometry_of
+from dinat_triton.geometry import Geometry, broadcast_ints, geometry_of, rank_of
 
 Size = tuple[int, ...]
 # Batches whose geometries are kept: a new one takes a few microseconds for each of its maps.
@@ -111,7 +111,7 @@ class MapBatch:
 @lru_cache(maxsize=MOST_BATCHES)
 def map_batch_of(lead: Size, window: tuple[int, ...], flat: tuple[int, ...]) -> MapBatch:
     """The batch that tensors with these first axes hold; `flat` are the axes of all sizes, one after the other."""
-    rank = len(window) // 4
+    rank = rank_of(window)
     if not flat or len(flat) % rank != 0:
         raise ValueError(f"sizes must have a shape of {rank} integers for each of at least one map, got {flat}")
     sizes = [flat[i : i + rank] for i in range(0, len(flat), rank)]

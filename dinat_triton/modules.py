@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from dinat_triton import functional
-from dinat_triton.functional import Bools, Ints, window_of
-from dinat_triton.geometry import geometry_of, split_window
+from dinat_triton.functional import Bools, Borders, Ints, window_of
+from dinat_triton.geometry import SHIFT, borders_of, geometry_of, split_window
 from dinat_triton.padding import crop_like, pad_to_span
 
 # FX takes these as leaves, as it does what follows.
@@ -39,7 +39,8 @@ class _NeighborhoodAttention(nn.Module):
     """Multi-head neighborhood attention on `[batch, *shape, embed_dim]`.
 
     A map smaller than `kernel_size * dilation` is padded with zeros at its end before the projection, attended to as a
-    whole, and cropped again; published DiNAT models do the same.
+    whole, and cropped again; published DiNAT models do the same. Axes that clip or wrap are never padded: a clipped
+    window may be larger than the map, and a circle has no end to pad at.
 
     Args:
         embed_dim: Channels in and out.
@@ -48,6 +49,7 @@ class _NeighborhoodAttention(nn.Module):
         stride: Queries that share one window.
         dilation: Distance between neighboring keys of a window.
         is_causal: Whether a query sees only keys at or before its own position on that axis.
+        border: "shift", "clip" or "wrap", as `dinat_triton.na2d` explains.
         rel_pos_bias: Whether to learn a relative positional bias, `rpb`.
         qkv_bias: Whether the packed projection has a bias.
         qk_scale: Of the dot products; `(embed_dim // num_heads) ** -0.5` by default.
@@ -67,6 +69,7 @@ class _NeighborhoodAttention(nn.Module):
         stride: Ints = 1,
         dilation: Ints = 1,
         is_causal: Bools = False,
+        border: Borders = SHIFT,
         rel_pos_bias: bool = False,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
@@ -83,10 +86,11 @@ class _NeighborhoodAttention(nn.Module):
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
         self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
         self.qkv_sizes = [3, num_heads, self.head_dim]
-        self.window = window_of(self.rank, kernel_size, stride, dilation, is_causal)
-        kernels, _, dilations, _ = split_window(self.window)
-        self.span = [k * d for k, d in zip(kernels, dilations, strict=True)]
-        geometry_of(tuple(self.span), tuple(self.window))  # says now what is wrong with the window
+        self.window = window_of(self.rank, kernel_size, stride, dilation, is_causal, border)
+        kernels, _, dilations, _, borders = split_window(self.window)
+        spans = tuple(k * d for k, d in zip(kernels, dilations, strict=True))
+        geometry_of(spans, tuple(self.window))  # says now what is wrong with the window
+        self.span = [n if b == SHIFT else 1 for n, b in zip(spans, borders_of(borders), strict=True)]  # to pad to
 
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias, device=device, dtype=dtype)
         bias_shape = (num_heads, *(2 * k - 1 for k in kernels))
@@ -106,8 +110,9 @@ class _NeighborhoodAttention(nn.Module):
 
     def extra_repr(self) -> str:
         names = ("kernel_size", "stride", "dilation", "is_causal")
-        window = ", ".join(f"{name}={value}" for name, value in zip(names, split_window(self.window), strict=True))
-        return f"num_heads={self.num_heads}, {window}"
+        *numbers, borders = split_window(self.window)
+        window = ", ".join(f"{name}={value}" for name, value in zip(names, numbers, strict=True))
+        return f"num_heads={self.num_heads}, {window}, border={borders_of(borders)}"
 
 
 class NeighborhoodAttention1D(_NeighborhoodAttention):

@@ -6,8 +6,9 @@ compiler, with `dinat_triton::fused_backward` as its gradient and `dinat_triton:
 mode.
 
 The ops take query, key and value as a list: of the three, or of one tensor that packs them before its heads axis. A
-packed input gets a packed gradient, with no copy in between. `window` is kernel_size, stride, dilation and is_causal of
-all axes, one after the other; `sizes`, of a batch of maps of different sizes, the axes of all maps.
+packed input gets a packed gradient, with no copy in between. `window` is kernel_size, stride, dilation, is_causal and
+the border's place in BORDERS, each of all axes, one after the other; `sizes`, of a batch of maps of different sizes,
+the axes of all maps.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from dinat_triton import dropout, forward_mode, reference, tile_form, tiled, tiled_maps
 from dinat_triton.checks import check_dropout, check_rpb, check_scale, check_tensors
 from dinat_triton.dispatch import resolve
-from dinat_triton.geometry import Geometry, check_fits, geometry_of, split_window
+from dinat_triton.geometry import Geometry, borders_of, check_fits, geometry_of, rank_of, split_window
 from dinat_triton.map_batch import MapBatch, map_batch_of
 from dinat_triton.packing import unpack
 
@@ -51,7 +52,7 @@ FUSED_JVP = torch.ops.dinat_triton.fused_jvp.default
 
 
 def _geometry(qkv: list[Tensor], window: list[int]) -> Geometry:
-    return geometry_of(tuple(map(int, qkv[0].shape[1 : 1 + len(window) // 4])), tuple(window))
+    return geometry_of(tuple(map(int, qkv[0].shape[1 : 1 + rank_of(window)])), tuple(window))
 
 
 def _map_batch(qkv: list[Tensor], window: list[int], sizes: list[int]) -> MapBatch:
@@ -70,11 +71,11 @@ def _check_window(qkv: list[Tensor], window: list[int], sizes: list[int] | None)
     """
     if sizes is not None:
         return _map_batch(qkv, window, sizes).geometries[0]
-    shape = qkv[0].shape[1 : 1 + len(window) // 4]
+    shape = qkv[0].shape[1 : 1 + rank_of(window)]
     if torch.SymInt not in map(type, shape):
         return geometry_of(tuple(map(int, shape)), tuple(window))
-    kernel_size, _, dilation, _ = split_window(window)
-    check_fits(shape, kernel_size, dilation)
+    kernel_size, _, dilation, _, border = split_window(window)
+    check_fits(shape, kernel_size, dilation, borders_of(border))
     return geometry_of(tuple(k * d for k, d in zip(kernel_size, dilation, strict=True)), tuple(window))
 
 

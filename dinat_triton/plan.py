@@ -4,9 +4,11 @@ In a forward plan rows are queries and columns are keys; in a transposed plan (f
 rows are keys and columns are the queries that see them. A backend needs nothing else: it never sees a window.
 
 Along one axis a tile is a run of consecutive class indices of one residue class; its columns are the union of its rows'
-intervals, again a run. Tiles with the same relative picture (all interior tiles, each kind of border) form a tile class
-and are translations of one another: a token is its tile's base plus an offset of the class. In N dimensions all this is
-a Cartesian product, so a plan keeps vectors and never a matrix of tiles and columns.
+intervals, again a run. Where an axis wraps around, a run of columns may pass an end, and a long one names a token more
+than once: still every row sees each of its keys in one column. Tiles with the same relative picture (all interior
+tiles, each kind of border) form a tile class and are translations of one another: a token is its tile's base plus an
+offset of the class. In N dimensions all this is a Cartesian product, so a plan keeps vectors and never a matrix of
+tiles and columns.
 """
 
 from __future__ import annotations
@@ -38,14 +40,14 @@ class AxisTiles:
     Attributes:
         first: `[rows]`: the first column that each row sees, counted from the tile's first column.
         last: `[rows]`: the last one.
-        columns: Columns of a tile.
+        col_offset: `[columns]`: positions from the tile's first column to each; backwards where an axis wraps around.
         row_code, col_code: `[rows]` and `[columns]`: the bias index of a pair is the sum of its two codes.
         row_start, col_start: `[tiles]`: position of each tile's first row and first column.
     """
 
     first: IntArray
     last: IntArray
-    columns: int
+    col_offset: IntArray
     row_code: IntArray
     col_code: IntArray
     row_start: IntArray
@@ -54,6 +56,10 @@ class AxisTiles:
     @property
     def rows(self) -> int:
         return len(self.first)
+
+    @property
+    def columns(self) -> int:
+        return len(self.col_offset)
 
     @property
     def tiles(self) -> int:
@@ -70,18 +76,23 @@ class AxisTiles:
 def tile_axis(axis: Axis, tile: int, transposed: bool = False) -> tuple[AxisTiles, ...]:
     """Cuts every residue class of an axis into runs of `tile` rows, grouped by their relative picture."""
     runs = cut(axis, np.array([tile]), transposed)
-    classes: dict[tuple[int, bytes, bytes], list[int]] = {}
-    for entry, (row, column, at, past) in enumerate(zip(runs.row, runs.column, runs.first, runs.past, strict=True)):
+    classes: dict[tuple[int, int, bytes, bytes], list[int]] = {}
+    places = zip(runs.row, runs.column, runs.seam, runs.first, runs.past, strict=True)
+    for entry, (row, column, seam, at, past) in enumerate(places):
         seen = runs.start[at:past] - column, runs.end[at:past] - column - 1
-        classes.setdefault((row - column, seen[0].tobytes(), seen[1].tobytes()), []).append(entry)
+        classes.setdefault((row - column, seam, seen[0].tobytes(), seen[1].tobytes()), []).append(entry)
     return tuple(_axis_tiles(axis, transposed, runs, *kind) for kind in classes.items())
 
 
 def _axis_tiles(
-    axis: Axis, transposed: bool, runs: Runs, picture: tuple[int, bytes, bytes], entries: list[int]
+    axis: Axis, transposed: bool, runs: Runs, picture: tuple[int, int, bytes, bytes], entries: list[int]
 ) -> AxisTiles:
-    """The class of some entries. A picture is where its first row lies from its first column, and what its rows see."""
-    ahead, first, last = picture[0], np.frombuffer(picture[1], np.int64), np.frombuffer(picture[2], np.int64)
+    """The class of some entries.
+
+    A picture is where its first row lies from its first column, where its columns wrap around, and what its rows see.
+    """
+    ahead, _, *seen = picture
+    first, last = (np.frombuffer(x, np.int64) for x in seen)
     row, column = np.arange(len(first)) + ahead, np.arange(int(last[-1]) + 1)
     origin = np.zeros(1, dtype=np.int64)
     row_code, col_code = (axis.offset(row, origin), -column) if transposed else (-row, axis.offset(column, origin))
@@ -91,7 +102,9 @@ def _axis_tiles(
         residues = runs.residues[runs.residue_class[entry]]
         starts.append(np.add.outer(rows * axis.dilation, residues).ravel())
     row_start = np.concatenate(starts)
-    return AxisTiles(first, last, len(column), row_code, col_code, row_start, row_start - ahead * axis.dilation)
+    col_start = (row_start - ahead * axis.dilation) % axis.size
+    col_offset = (col_start[0] + column * axis.dilation) % axis.size - col_start[0]
+    return AxisTiles(first, last, col_offset, row_code, col_code, row_start, col_start)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,12 +117,13 @@ class TileClass:
     @cached_property
     def rows(self) -> IntArray:
         """`[rows]`: tokens from a tile's base to each row."""
-        return self._offsets([axis.rows for axis in self.axes])
+        steps = zip(self.axes, self.geometry.dilation, strict=True)
+        return outer_sum([np.arange(axis.rows) * dilation for axis, dilation in steps], self.geometry.token_strides)
 
     @cached_property
     def columns(self) -> IntArray:
         """`[columns]`: tokens from a tile's column base to each column."""
-        return self._offsets([axis.columns for axis in self.axes])
+        return outer_sum([axis.col_offset for axis in self.axes], self.geometry.token_strides)
 
     @cached_property
     def row_base(self) -> IntArray:
@@ -128,10 +142,6 @@ class TileClass:
     def rel(self) -> IntArray:
         """Bias index of each pair, `[rows, columns]`, or MASKED, written out."""
         return outer_index([axis.rel() for axis in self.axes], self.geometry.bias_shape)
-
-    def _offsets(self, counts: list[int]) -> IntArray:
-        steps = zip(self.geometry.dilation, self.geometry.token_strides, strict=True)
-        return outer_sum([np.arange(n) for n in counts], [dilation * stride for dilation, stride in steps])
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from dinat_triton.geometry import Axis, Geometry
+from dinat_triton.geometry import SHIFT, Axis, Geometry
 
 BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
@@ -92,9 +92,11 @@ def downsampling(shape: Sequence[int]) -> TokenLinks:
     return TokenLinks(tuple(links))
 
 
-def dilated_stack(shape: Sequence[int], kernel_size: int, dilations: Iterable[int]) -> list[TokenLinks]:
+def dilated_stack(
+    shape: Sequence[int], kernel_size: int, dilations: Iterable[int], border: Sequence[str] = (SHIFT,)
+) -> list[TokenLinks]:
     """Layers of neighborhood attention on one map, one per dilation."""
-    return [attention(Geometry(tuple(shape), (kernel_size,), (d,))) for d in dilations]
+    return [attention(Geometry(tuple(shape), (kernel_size,), (d,), border=tuple(border))) for d in dilations]
 
 
 def swin_stack(shape: Sequence[int], window: int, depth: int) -> list[TokenLinks]:

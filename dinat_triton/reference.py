@@ -30,8 +30,8 @@ def attention(
     heads = q.shape[2]
     tokens, offsets = (torch.as_tensor(index, device=device) for index in geometry.neighbors())
     seen = tokens >= 0
-    # A causal window can be shorter than the rest: its empty places repeat the query's own token, which it always sees,
-    # so that nothing from outside the window can leak in, not even a NaN times zero.
+    # A causal or clipped window can be shorter than the rest: its empty places repeat the query's own token, which it
+    # always sees, so that nothing from outside the window can leak in, not even a NaN times zero.
     own = torch.arange(geometry.num_tokens, device=device)[:, None]
     tokens = torch.where(seen, tokens, own)
 

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from dinat_triton.geometry import Axis, IntArray, counted
+from dinat_triton.geometry import WRAP, Axis, IntArray, counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +22,7 @@ class Runs:
         row: `[entries]`: class index of the first row of its first tile.
         first, past: `[entries]`: where the rows of its first tile are in `start` and `end`.
         number, stop, step: `[entries]`: the range of its tiles, counted from the ends of their residue class.
+        turn: Columns after which those of an axis that wraps around begin anew; None on other axes.
     """
 
     lengths: IntArray
@@ -36,6 +37,7 @@ class Runs:
     number: IntArray
     stop: IntArray
     step: IntArray
+    turn: int | None
 
     @cached_property
     def rows(self) -> IntArray:
@@ -44,7 +46,7 @@ class Runs:
 
     @cached_property
     def column(self) -> IntArray:
-        """`[entries]`: class index of the first column of its first tile."""
+        """`[entries]`: class index of the first column of its first tile, negative beyond an end that wraps around."""
         return self.start[self.first]
 
     @cached_property
@@ -59,11 +61,20 @@ class Runs:
         return -((self.number - self.stop) // self.step) * residues[self.residue_class]
 
     @cached_property
+    def seam(self) -> IntArray:
+        """`[entries]`: columns of a tile before those that begin anew; 0 where none do."""
+        if self.turn is None:
+            return np.zeros_like(self.row)
+        last = self.column + self.columns - 1
+        return np.where(self.column // self.turn < last // self.turn, self.turn - self.column % self.turn, 0)
+
+    @cached_property
     def pictures(self) -> IntArray:
         """`[marks, entries]`: what tells tiles apart: rows, columns, where the windows lie and how long they are."""
         starts, seen = (np.append(0, np.cumsum(x)) for x in (self.start, self.end - self.start))
         ahead = starts[self.past] - starts[self.first] - self.rows * self.column
-        return np.stack((self.rows, self.columns, self.row - self.column, ahead, seen[self.past] - seen[self.first]))
+        marks = [self.rows, self.columns, self.row - self.column, ahead, seen[self.past] - seen[self.first]]
+        return np.stack(marks if self.turn is None else [*marks, self.seam])
 
 
 def cut(axis: Axis, lengths: IntArray, transposed: bool) -> Runs:
@@ -75,8 +86,8 @@ def cut(axis: Axis, lengths: IntArray, transposed: bool) -> Runs:
     run, residue_class = np.divmod(np.arange(len(lengths) * len(classes)), len(classes))
     length, size = lengths[run], sizes[residue_class]
     end = -(-size // length)
-    left = np.minimum(-(-axis.border // length), end)
-    right = np.maximum(left, (size - axis.border) // length)
+    left = np.minimum(-(-axis.margin // length), end)
+    right = np.maximum(left, (size - axis.margin) // length)
     period = axis.stride // np.gcd(axis.stride, length)
     between = np.minimum(period, right - left)
     owner, kind = counted(left + between + end - right)
@@ -98,4 +109,5 @@ def cut(axis: Axis, lengths: IntArray, transposed: bool) -> Runs:
         number,
         np.where(is_right | (kind < left), number + 1, right),
         period[owner],
+        int(sizes[0]) if axis.border == WRAP else None,
     )

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from filelock import FileLock
 
 from dinat_triton.files import replacing
-from dinat_triton.geometry import Geometry
+from dinat_triton.geometry import SHIFT, Geometry
 
 ENVIRONMENT = "DINAT_TRITON_CACHE"
 PACKAGE = Path(__file__).parent
@@ -171,7 +171,7 @@ def dump(head: Mapping[str, Any], name: str, entries: Mapping[str, Any]) -> str:
 
 
 def geometry_key(geometry: Geometry) -> str:
-    """A geometry as a part of keys: `56x56-k7x7-d8x8`, then stride and causal axes where there are any."""
+    """A geometry as a part of keys: `56x56-k7x7-d8x8`, then stride, causal axes and borders but shift."""
 
     def joined(values: tuple[int, ...]) -> str:
         return "x".join(str(int(v)) for v in values)
@@ -181,6 +181,8 @@ def geometry_key(geometry: Geometry) -> str:
         parts.append(f"s{joined(geometry.stride)}")
     if any(geometry.is_causal):
         parts.append(f"c{joined(geometry.is_causal)}")
+    if any(border != SHIFT for border in geometry.border):
+        parts.append("x".join(geometry.border))
     return "-".join(parts)
 
 

@@ -43,7 +43,7 @@ def classes_of(geometry: Geometry, tile: tuple[int, ...], device: torch.device) 
 
 def _tiled_class(c: TileClass, device: torch.device) -> TiledClass:
     rows, columns, row_base, col_base = vectors_of(c, device)
-    is_whole = len(rows) == c.geometry.num_tokens and bool((np.diff(c.rows) == 1).all())
+    is_whole = all(len(x) == c.geometry.num_tokens and bool((np.diff(x) == 1).all()) for x in (c.rows, c.columns))
     packed = (3 * rows, 3 * columns + 1, 3 * columns + 2)
     indices = bias.axis_indices(c, device)
     return TiledClass(rows, columns, row_base, col_base, packed, indices, c.geometry.num_offsets, is_whole)

@@ -281,7 +281,7 @@ def tile_work(geometry: Geometry, batch: int, heads: int, tile: tuple[int, ...])
 def work_of(counts: Cost | Candidates, is_whole: Any, geometry: Geometry, batch: int, heads: int) -> tuple:
     """`tile_work` of a plan, or of many candidates at once."""
     # A tile that is the whole map is read where it lies.
-    tokens = (1 - is_whole) * 2 * (geometry.num_tokens + counts.col_loads)
+    tokens = (1 - is_whole * (counts.col_loads == geometry.num_tokens)) * 2 * (geometry.num_tokens + counts.col_loads)
     return batch * heads * counts.scores, batch * heads * tokens, heads * counts.table_entries, counts.launches
 
 

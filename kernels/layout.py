@@ -99,7 +99,9 @@ def layout_of(plan: Plan, tiles_per_run: int, wide: bool, device: torch.device) 
 def _rows(plan: Plan, kinds: IntArray, slots: int, shifts: list[int], guards: int) -> IntArray:
     places, filled = _places(plan, "rows", kinds[:, :, None], np.arange(slots))
     rows = np.zeros((4, *filled.shape), dtype=np.int64)
-    for axis, place, step, bias_stride, shift in zip(plan.axes, places, *_strides(plan), shifts, strict=True):
+    steps = [d * stride for d, stride in zip(plan.geometry.dilation, plan.geometry.token_strides, strict=True)]
+    strides = steps, row_major_strides(plan.geometry.bias_shape)
+    for axis, place, step, bias_stride, shift in zip(plan.axes, places, *strides, shifts, strict=True):
         number = np.concatenate([np.arange(tiles.rows) for tiles in axis])
         code, first, last = (_joined(axis, name) for name in ("row_code", "first", "last"))
         rows += np.stack((number * step, code * bias_stride, first << shift, last << shift)).take(place, axis=1)
@@ -110,10 +112,11 @@ def _rows(plan: Plan, kinds: IntArray, slots: int, shifts: list[int], guards: in
 def _columns(plan: Plan, kinds: IntArray, slots: int, shifts: list[int], guards: int) -> IntArray:
     places, filled = _places(plan, "columns", kinds[:, :, None], np.arange(slots))
     columns = np.zeros((3, *filled.shape), dtype=np.int64)
-    for axis, place, step, bias_stride, shift in zip(plan.axes, places, *_strides(plan), shifts, strict=True):
+    strides = plan.geometry.token_strides, row_major_strides(plan.geometry.bias_shape)
+    for axis, place, stride, bias_stride, shift in zip(plan.axes, places, *strides, shifts, strict=True):
         number = np.concatenate([np.arange(tiles.columns) for tiles in axis])
-        code = _joined(axis, "col_code")
-        columns += np.stack((number * step, code * bias_stride, number << shift)).take(place, axis=1)
+        offset, code = (_joined(axis, name) for name in ("col_offset", "col_code"))
+        columns += np.stack((offset * stride, code * bias_stride, number << shift)).take(place, axis=1)
     columns[2] += guards
     # No row sees a place with all bits set: the last column of a row lies below.
     return _padded(columns, filled, (EMPTY, 0, guards | (guards - 1)))
@@ -160,13 +163,6 @@ def _entries(plan: Plan, slots: int) -> tuple[NDArray[np.int32], NDArray[np.int3
 def _kinds(plan: Plan) -> IntArray:
     """`[rank, classes]`: the number of each class among those of each axis."""
     return np.indices([len(axis) for axis in plan.axes]).reshape(len(plan.axes), -1)
-
-
-def _strides(plan: Plan) -> tuple[list[int], tuple[int, ...]]:
-    """Tokens, and bias indices, from one row or column to the next on each axis."""
-    geometry = plan.geometry
-    steps = [dilation * stride for dilation, stride in zip(geometry.dilation, geometry.token_strides, strict=True)]
-    return steps, row_major_strides(geometry.bias_shape)
 
 
 def _joined(axis: tuple[AxisTiles, ...], name: str) -> IntArray:

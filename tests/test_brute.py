@@ -9,7 +9,7 @@ from tests.oracles import brute, natten, sampling
 from tests.oracles.cases import check, make_case
 
 CHUNKS = 6
-SAMPLES = sampling.samples(90, seed=7, max_tokens=48)
+SAMPLES = sampling.samples(90, seed=7, max_tokens=48, borders=sampling.BORDERS)
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))

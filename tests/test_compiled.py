@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kern
 
 # The matrix instructions that float16 and bfloat16 take there.
 TARGETS = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}
-SAMPLES = sampling.samples(12, seed=7, max_tokens=60)
+SAMPLES = sampling.samples(12, seed=7, max_tokens=60, borders=sampling.BORDERS)
 CLOSED = Sample((14, 14), (7, 7), (2, 2), (1, 1), (False, False))
 SLIDING = Sample((9, 10), (5, 5), (1, 1), (1, 1), (False, False))
 RAGGED = Sample((15, 17), (3, 3), (2, 3), (1, 1), (False, False))

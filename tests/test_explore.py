@@ -11,6 +11,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -20,8 +21,8 @@ import pytest
 from dinat_triton import Geometry, Plan
 from dinat_triton.explore.server import Server
 
-GEOMETRY = Geometry((9, 12), (3,), (2, 3), (2, 1), (False, True))
-FIELDS = {"shape": "9,12", "kernel": "3", "dilation": "2,3", "stride": "2,1", "causal": "0,1"}
+GEOMETRY = Geometry((9, 12), (3,), (2, 3), (2, 1), (False, True), ("clip", "wrap"))
+FIELDS = {"shape": "9,12", "kernel": "3", "dilation": "2,3", "stride": "2,1", "causal": "0,1", "border": "clip,wrap"}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_plan_answers_are_those_of_the_plan(server: Server) -> None:
 def test_fields_propagate_sets_of_keys(server: Server) -> None:
     status, answer = ask(server, "field", token=50, dilations="1,2")
     assert status == 200
-    layers = [Geometry((9, 12), (3,), (d,), (2, 1), (False, True)).neighbors()[0] for d in (1, 2)]
+    layers = [replace(GEOMETRY, dilation=(d,)).neighbors()[0] for d in (1, 2)]
     first = {int(key) for key in layers[0][50] if key >= 0}
     second = {int(key) for middle in layers[1][50] if middle >= 0 for key in layers[0][middle] if key >= 0}
     assert [set(layer["tokens"]) for layer in answer["layers"]] == [first, second]
@@ -80,6 +81,7 @@ def test_fields_propagate_sets_of_keys(server: Server) -> None:
     ("question", "fields", "reason"),
     [
         ("about", {"kernel": "7"}, "kernel_size * dilation must fit"),
+        ("about", {"border": "fold"}, "border must be one of 'shift', 'clip', 'wrap'"),
         ("about", {"shape": "100,100"}, "10000 tokens; this page shows up to 4096"),
         ("about", {"shape": "9,x"}, "shape must be integers"),
         ("about", {"shape": "1" * 2000}, "may have 1000 characters"),
@@ -193,7 +195,8 @@ def test_page_shows_the_keys_of_the_hovered_query_and_says_what_is_impossible(se
     page = Page(browser, f"{server.url}?shape=14,12&kernel=3&dilation=1&token=0")
     page.type("dilation-0", 4)
     page.type("dilation-1", 3)
-    geometry = Geometry((14, 12), (3,), (4, 3))
+    page.script("form.elements['border-1'].value = 'wrap'; form.dispatchEvent(new Event('input'))")
+    geometry = Geometry((14, 12), (3,), (4, 3), border=("shift", "wrap"))
     for token in (0, 80, 167):
         cell = browser.find_element("css selector", f"[data-token='{token}']")
         ActionChains(browser, duration=0).move_to_element(cell).perform()

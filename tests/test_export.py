@@ -12,13 +12,13 @@ import dinat_triton as dt
 from dinat_triton import cli, reference, tile_form
 from dinat_triton.export import FORMATS, export, writing
 from dinat_triton.models.dinat import DiNAT
-from tests.oracles.sampling import samples
+from tests.oracles.sampling import BORDERS, samples
 
 
-@pytest.mark.parametrize("sample", samples(16, seed=3, max_tokens=400), ids=str)
+@pytest.mark.parametrize("sample", samples(16, seed=3, max_tokens=400, borders=BORDERS), ids=str)
 @pytest.mark.parametrize("biased", [False, True])
 def test_the_open_form_is_the_op(sample, biased: bool) -> None:
-    geometry = dt.Geometry(sample.shape, sample.kernel_size, sample.dilation, sample.stride, sample.is_causal)
+    geometry = dt.Geometry(sample.shape, **sample.kwargs())
     query, key, value = (torch.randn(2, *geometry.shape, heads, dim) for heads, dim in ((4, 8), (2, 8), (2, 6)))
     rpb = torch.randn(4, *geometry.bias_shape) if biased else None
     if rpb is not None:

@@ -34,7 +34,7 @@ def test_an_op_counts_its_pairs(packed: bool) -> None:
     tile = choose_tile(geometry, 2, heads)
     for mapping, scores in ((None, pairs), (EVALUATED, Plan(geometry, tile).cost().scores)):
         with FlopCounterMode(display=False, custom_mapping=mapping) as forward:
-            out = torch.ops.dinat_triton.na(qkv, [3, 3, 1, 1, 2, 1, 1, 0], None, None, 0.0, False, "tiled")[0]
+            out = torch.ops.dinat_triton.na(qkv, [3, 3, 1, 1, 2, 1, 1, 0, 0, 0], None, None, 0.0, False, "tiled")[0]
         with FlopCounterMode(display=False, custom_mapping=mapping) as backward:
             out.sum().backward()
         assert forward.get_total_flops() == 2 * 2 * heads * scores * (dim + value_dim)
@@ -43,7 +43,7 @@ def test_an_op_counts_its_pairs(packed: bool) -> None:
 
 def test_kernels_evaluate_padded_tiles() -> None:
     qkv = torch.empty(2, 7, 7, 3, 4, 32, device="meta", dtype=torch.bfloat16)
-    window, options = [7, 7, 1, 1, 1, 1, 0, 0], (0.2, 0.0, True, "triton")
+    window, options = [7, 7, 1, 1, 1, 1, 0, 0, 0, 0], (0.2, 0.0, True, "triton")
     with FlopCounterMode(display=False, custom_mapping=EVALUATED) as forward:
         out, lse = torch.ops.dinat_triton.fused([qkv], None, None, window, *options)
     with FlopCounterMode(display=False, custom_mapping=EVALUATED) as backward:

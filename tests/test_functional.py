@@ -52,7 +52,7 @@ def test_the_tiled_backend_says_that_it_has_no_second_derivative() -> None:
 @pytest.mark.usefixtures("poisoned")
 def test_tiles_of_any_size_give_the_same_answer(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(rank)
-    for sample in sampling.samples(20, seed=rank, ranks=(rank,), max_tokens=60):
+    for sample in sampling.samples(20, seed=rank, ranks=(rank,), max_tokens=60, borders=sampling.BORDERS):
         tile = tuple(rng.randint(1, n) for n in sample.shape)
         monkeypatch.setattr(tiled, "choose_tile", lambda *_, tile=tile: tile)
         monkeypatch.setattr(tile_groups, "SCORES_AT_ONCE", rng.choice([1, 50, 1 << 20]))

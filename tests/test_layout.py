@@ -12,13 +12,13 @@ pytest.importorskip("triton")
 from dinat_triton.kernels.layout import EMPTY, Layout, layout_of
 
 CPU = torch.device("cpu")
-SAMPLES = sampling.samples(90, seed=8, max_tokens=150)
+SAMPLES = sampling.samples(90, seed=8, max_tokens=150, borders=sampling.BORDERS)
 
 
 def layouts() -> list[Layout]:
     found = []
     for number, sample in enumerate(SAMPLES):
-        geometry = Geometry(sample.shape, sample.kernel_size, sample.dilation, sample.stride, sample.is_causal)
+        geometry = Geometry(sample.shape, **sample.kwargs())
         for transposed in (False, True):
             plan = Plan(geometry, (1 + number % 5,), chunk=16, transposed=transposed)
             plan = Plan(geometry, plan.tile, plan.largest[0] + number % 3, 16, transposed)

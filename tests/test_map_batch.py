@@ -42,7 +42,7 @@ def inputs(packed: bool, together: bool = False) -> tuple[list[Tensor], Tensor]:
     return qkv, torch.randn(4, 5, 5, requires_grad=True)
 
 
-SIZES, WINDOW = [(6, 5), (7, 8), (5, 6)], [3, 3, 1, 1, 1, 1, 0, 0]
+SIZES, WINDOW = [(6, 5), (7, 8), (5, 6)], [3, 3, 1, 1, 1, 1, 0, 0, 0, 0]
 FLAT = [n for size in SIZES for n in size]
 
 

@@ -45,7 +45,7 @@ def test_backends_match_natten(chunk: int) -> None:
         query, key, value = inputs(sample, seed)
         expected = natten.attention(query, key, value, sample)
         for backend in ("reference", "tiled"):
-            got = NA[sample.rank](query, key, value, **sample.kwargs(), return_lse=True, backend=backend)
+            got = NA[sample.rank](query, key, value, **sample.natten_kwargs(), return_lse=True, backend=backend)
             error = worst(got, expected)
             if error > TOLERANCE:
                 mismatches.append(f"{backend} is off by {error:.2e} on {sample}")

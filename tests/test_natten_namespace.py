@@ -198,14 +198,14 @@ def test_positional_arguments_are_read_in_the_order_of_their_version() -> None:
 
 def test_modules_take_the_arguments_of_their_version() -> None:
     recent = natten.NeighborhoodAttention2D(16, 2, 3, 2, 2, (True, False), False, 0.1, 0.0)
-    assert recent.window == [3, 3, 2, 2, 2, 2, 1, 0]
+    assert recent.window == [3, 3, 2, 2, 2, 2, 1, 0, 0, 0]
     assert (recent.scale, recent.head_dim, recent.kernel_size, recent.window_size) == (0.1, 8, (3, 3), (6, 6))
     assert set(recent.state_dict()) == {"qkv.weight", "proj.weight", "proj.bias"}
     older = natten.NeighborhoodAttention1D(16, 2, 3, 2, False, True, attn_drop=0.2)
-    assert older.window == natten_0_17.NeighborhoodAttention1D(16, 2, 3, 2).window == [3, 1, 2, 0]
+    assert older.window == natten_0_17.NeighborhoodAttention1D(16, 2, 3, 2).window == [3, 1, 2, 0, 0]
     assert older.rpb.shape == (2, 5)
     assert (older.attn_drop.p, older.scale) == (0.2, 8**-0.5)
-    assert natten_0_20.NeighborhoodAttention2D(16, 2, 3, 2).window == [3, 3, 2, 2, 1, 1, 0, 0]
+    assert natten_0_20.NeighborhoodAttention2D(16, 2, 3, 2).window == [3, 3, 2, 2, 1, 1, 0, 0, 0, 0]
     with pytest.raises(TypeError, match="NeighborhoodAttention2D got 2 after kernel_size"):
         natten.NeighborhoodAttention2D(16, 2, 3, 2)
     with pytest.raises(TypeError, match="bias"):
@@ -216,7 +216,7 @@ def test_modules_take_the_arguments_of_their_version() -> None:
     assert plain.rpb is None
     assert (plain.kernel_size, plain.dilation, plain.window_size) == (3, 2, 6)
     deep = natten_0_14.NeighborhoodAttention3D(16, 2, 3, 5, 1, 2)
-    assert deep.window == [5, 3, 3, 1, 1, 1, 2, 1, 1, 0, 0, 0]
+    assert deep.window == [5, 3, 3, 1, 1, 1, 2, 1, 1, 0, 0, 0, 0, 0, 0]
     assert deep.rpb.shape == (2, 9, 5, 5)
     assert deep(torch.randn(1, 10, 5, 6, 16)).shape == (1, 10, 5, 6, 16)
 

@@ -88,7 +88,7 @@ def test_outputs_can_be_changed_in_place(backend: str, kernel: int) -> None:
 
 
 def test_triton_refuses_forward_mode() -> None:
-    x, window = torch.randn(1, 5, 5, 3, 2, 4), [3, 3, 1, 1, 1, 1, 0, 0]
+    x, window = torch.randn(1, 5, 5, 3, 2, 4), [3, 3, 1, 1, 1, 1, 0, 0, 0, 0]
     with pytest.raises(RuntimeError, match="backend 'triton' has no forward-mode derivatives; backend='tiled' and"):
         torch.ops.dinat_triton.fused_jvp([x], None, None, [x], None, window, 0.5, 0.0, False, "triton")
 

@@ -108,12 +108,13 @@ def test_the_public_surface() -> None:
     assert dt.__version__ == version("dinat-triton")
     classes = {"Geometry", "NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D", "Plan"}
     assert set(dt.__all__) == classes | {"__version__", "na1d", "na2d", "na3d", "use_backend"}
-    options = ["stride", "dilation", "is_causal", "rpb", "scale", "dropout_p", "return_lse", "backend"]
+    window = ["stride", "dilation", "is_causal", "border"]
+    options = [*window, "rpb", "scale", "dropout_p", "return_lse", "backend", "sizes"]
     for function in (dt.na1d, dt.na2d, dt.na3d):
         parameters = inspect.signature(function).parameters.values()
         assert [p.name for p in parameters] == ["query", "key", "value", "kernel_size", *options]
         assert {p.name for p in parameters if p.kind == p.KEYWORD_ONLY} == set(options)
-    of_module = ["stride", "dilation", "is_causal", "rel_pos_bias", "qkv_bias", "qk_scale", "attn_drop", "proj_drop"]
+    of_module = [*window, "rel_pos_bias", "qkv_bias", "qk_scale", "attn_drop", "proj_drop"]
     for module in (dt.NeighborhoodAttention1D, dt.NeighborhoodAttention2D, dt.NeighborhoodAttention3D):
         parameters = inspect.signature(module).parameters
         assert list(parameters) == ["embed_dim", "num_heads", "kernel_size", *of_module, "device", "dtype"]

@@ -10,11 +10,11 @@ from dinat_triton.geometry import Geometry
 from dinat_triton.plan import MASKED, Plan, tile_axis
 from tests.oracles import sampling
 
-SAMPLES = sampling.samples(120, seed=5, max_tokens=150)
+SAMPLES = sampling.samples(120, seed=5, max_tokens=150, borders=sampling.BORDERS)
 
 
 def geometry(sample: sampling.Sample) -> Geometry:
-    return Geometry(sample.shape, sample.kernel_size, sample.dilation, sample.stride, sample.is_causal)
+    return Geometry(sample.shape, **sample.kwargs())
 
 
 def pairs_of(plan: Plan) -> list[tuple[int, int, int]]:

@@ -15,7 +15,10 @@ from dinat_triton.attention_maps import attention_layers, token_at
 from dinat_triton.plan import MASKED
 from tests.oracles import sampling
 
-GEOMETRIES = [Geometry(sample.shape, **sample.kwargs()) for sample in sampling.samples(30, seed=11, max_tokens=120)]
+GEOMETRIES = [
+    Geometry(sample.shape, **sample.kwargs())
+    for sample in sampling.samples(30, seed=11, max_tokens=120, borders=sampling.BORDERS)
+]
 
 
 def drawn(ax: Axes) -> np.ma.MaskedArray:

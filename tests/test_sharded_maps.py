@@ -18,12 +18,12 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 import dinat_triton as dt
 from dinat_triton import plots
 from dinat_triton.distributed.shares import CLASSES, HALO, chunks, shares
-from dinat_triton.geometry import Axis
 from tests.oracles.cases import NA, Case, make_case
 from tests.oracles.sampling import sample
 from tests.processes import in_processes
 
 TIMEOUT = timedelta(seconds=60)  # of a collective that some rank does not join: nothing here may hang
+BORDERS = ("shift", "clip")  # what a sharded axis may have
 MESHES = [(2,), (3,), (4,), (2, 2)]
 
 
@@ -41,8 +41,8 @@ def joined(program: Callable[[], None], timeout: timedelta) -> None:
 def test_windows_of_a_share_are_those_of_the_map(scheme: str) -> None:
     rng = random.Random(0)
     for _ in range(400):
-        one, ranks = sample(rng, 1, max_tokens=60), rng.randint(1, 9)
-        axis = Axis(one.shape[0], one.kernel_size[0], one.dilation[0], one.stride[0], one.is_causal[0])
+        one, ranks = sample(rng, 1, max_tokens=60, borders=BORDERS), rng.randint(1, 9)
+        (axis,) = dt.Geometry(one.shape, **one.kwargs()).axes
         parts = shares(axis, ranks, scheme)
         assert sorted(p for part in parts for p in part.owned) == list(range(axis.size))
         for part in parts:
@@ -77,7 +77,7 @@ class Counted:
 
 def random_case(rng: random.Random, mesh: DeviceMesh) -> tuple[Case, list[Placement]]:
     rank = rng.randint(max(1, mesh.ndim - 1), 3)
-    case = make_case(sample(rng, rank), rng)
+    case = make_case(sample(rng, rank, borders=BORDERS), rng)
     dims = [*range(1, rank + 1)] * 3 + [0] + [rank + 1] * (rank == 1 and case.leaves[1].shape[-2] % mesh.size(0) == 0)
     cut: list[int] = []
     while len(cut) < mesh.ndim:
@@ -115,7 +115,7 @@ def foreseen(case: Case, mesh: DeviceMesh, placements: list[Placement]) -> int:
             counts["heads"], counts["kv_heads"] = counts["heads"] // n, counts["kv_heads"] // n
         else:
             ranks[placement.dim - 1], at[placement.dim - 1] = n, mine
-    geometry = dt.Geometry(sample.shape, sample.kernel_size, sample.dilation, sample.stride, sample.is_causal)
+    geometry = dt.Geometry(sample.shape, **sample.kwargs())
     counts |= {"dim": query.shape[-1], "value_dim": value.shape[-1]}
     cost = dt.distributed.cost(geometry, ranks, **counts, dtype=torch.float64, return_lse=True)
     return int(cost.received[tuple(at)])

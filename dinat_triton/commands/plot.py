@@ -9,7 +9,7 @@ from pathlib import Path
 from dinat_triton.commands.inputs import RANDOM, add_weights, build, picture
 from dinat_triton.commands.options import add_out
 from dinat_triton.files import FIGURES, check_target
-from dinat_triton.geometry import Geometry
+from dinat_triton.geometry import BORDERS, SHIFT, Geometry
 from dinat_triton.plan import Plan
 from dinat_triton.words import counted
 
@@ -53,11 +53,17 @@ def _window_arguments(parser: argparse.ArgumentParser, shape: list[int], kernel:
     parser.add_argument("--dilation", type=int, nargs="+", default=[1], metavar="D", help="one, or one per axis")
     parser.add_argument("--stride", type=int, nargs="+", default=[1], metavar="S", help="one, or one per axis")
     parser.add_argument("--causal", type=int, nargs="+", default=[0], choices=(0, 1), help="one, or one per axis")
+    _border_argument(parser)
+
+
+def _border_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--border", nargs="+", default=[SHIFT], choices=BORDERS, help="one, or one per axis")
 
 
 def _geometry(args: argparse.Namespace) -> Geometry:
-    windows = (tuple(values) for values in (args.kernel_size, args.dilation, args.stride, map(bool, args.causal)))
-    geometry = Geometry(tuple(args.shape), *windows)
+    kernel_size, dilation, stride = (tuple(values) for values in (args.kernel_size, args.dilation, args.stride))
+    is_causal, border = tuple(map(bool, args.causal)), tuple(args.border)
+    geometry = Geometry(tuple(args.shape), kernel_size, dilation, stride, is_causal, border)
     if geometry.num_tokens > MAX_TOKENS:
         raise ValueError(f"--shape has {geometry.num_tokens} tokens; a figure shows up to {MAX_TOKENS}")
     return geometry
@@ -87,6 +93,7 @@ def _receptive_field(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", type=int, nargs="+", default=[56, 56], metavar="N", help="tokens along 1 to 3 axes")
     parser.add_argument("--kernel-size", type=int, default=7, metavar="K")
     parser.add_argument("--dilations", type=int, nargs="+", default=[1, 8, 1], metavar="D", help="one per layer")
+    _border_argument(parser)
     parser.add_argument("--at", type=int, nargs="+", metavar="I", help="position of the token; the middle by default")
     parser.add_argument("--heat", action="store_true", help="the share that each input contributes")
     parser.add_argument("--compare", action="store_true", help="draw NAT and Swin of the same depth beside it")
@@ -100,10 +107,10 @@ def _draw_receptive_field(args: argparse.Namespace):
         raise ValueError(f"--dilations takes up to 64 layers, got {len(args.dilations)}")
     if math.prod(args.shape) > MAX_FIELD:
         raise ValueError(f"--shape has {math.prod(args.shape)} tokens; a receptive field has up to {MAX_FIELD}")
-    layers = receptive_field.dilated_stack(args.shape, args.kernel_size, args.dilations)
+    layers = receptive_field.dilated_stack(args.shape, args.kernel_size, args.dilations, args.border)
     stacks = {f"dilations {' '.join(map(str, args.dilations))}": layers}
     if args.compare:
-        stacks["NAT"] = receptive_field.dilated_stack(args.shape, args.kernel_size, [1] * len(layers))
+        stacks["NAT"] = receptive_field.dilated_stack(args.shape, args.kernel_size, [1] * len(layers), args.border)
         stacks["Swin"] = receptive_field.swin_stack(args.shape, args.kernel_size, len(layers))
     texts = []
     for depth, field in enumerate(receptive_field.growth(layers, args.at), 1):

@@ -15,7 +15,7 @@ from dinat_triton.distributed.agreement import agree_once, check_local_part, for
 from dinat_triton.distributed.attention import Cut, attend
 from dinat_triton.distributed.gradients import shared
 from dinat_triton.functional import window_of
-from dinat_triton.geometry import geometry_of
+from dinat_triton.geometry import WRAP, Geometry, geometry_of
 
 
 @torch.compiler.disable
@@ -26,7 +26,7 @@ def na(
 
     rank: Axes of the map.
     query, key, value, rpb: As the public functions have them.
-    window: kernel_size, stride, dilation and is_causal.
+    window: kernel_size, stride, dilation, is_causal and border.
     options: The other arguments of the public functions.
     """
     tensors = {"query": query, "key": key, "value": value}
@@ -34,7 +34,7 @@ def na(
         tensors["rpb"] = rpb
     mesh = next(x.device_mesh for x in tensors.values() if isinstance(x, DTensor))
     names = ("kernel_size", "stride", "dilation", "is_causal", "border")
-    alike = [*((name, form_of(x)) for name, x in tensors.items()), *zip(names, map(str, window), strict=False)]
+    alike = [*((name, form_of(x)) for name, x in tensors.items()), *zip(names, map(str, window), strict=True)]
     local = tuple(local_shape(x) for x in tensors.values() if isinstance(x, DTensor))
     agree_once(mesh, (*alike, *options.items()), local, _problem(rank, tensors, mesh, window, options))
     shape, flat = tuple(query.shape[1 : 1 + rank]), window_of(rank, *window)
@@ -59,7 +59,7 @@ def _problem(
         check_dropout(options["dropout_p"])
         flat = window_of(rank, *window)
         geometry = geometry_of(tuple(query.shape[1 : 1 + rank]), tuple(flat))
-        _check_placements(query, key, rank)
+        _check_placements(query, key, geometry)
         if "rpb" in tensors:
             check_rpb(tensors["rpb"], query, geometry)
             _check_bias(tensors["rpb"], query, mesh, rank)
@@ -78,8 +78,9 @@ def _check_dtensor(name: str, x: Tensor, query: Tensor, mesh: DeviceMesh) -> Non
     check_local_part(name, x)
 
 
-def _check_placements(query: DTensor, key: Tensor, rank: int) -> None:
+def _check_placements(query: DTensor, key: Tensor, geometry: Geometry) -> None:
     shards: list[int] = []
+    rank = geometry.rank
     for dim, placement in enumerate(query.placements):
         if type(placement) is not Replicate and type(placement) is not Shard:
             raise ValueError(f"query must be placed by Shard or Replicate, got {placement}")
@@ -89,6 +90,8 @@ def _check_placements(query: DTensor, key: Tensor, rank: int) -> None:
                 raise ValueError(f"query must not be sharded over the channels of its heads, got {placement}")
             if at == rank + 1 and key.shape[at] % ranks != 0:
                 raise ValueError(f"key must have a multiple of {ranks} heads to be sharded, got {key.shape[at]}")
+            if 1 <= at <= rank and geometry.border[at - 1] == WRAP:
+                raise ValueError(f"query must not be sharded over an axis that wraps around, got {placement}")
             if at > 0 and at in shards:
                 raise ValueError(f"query must not be sharded twice over axis {at}: flatten these mesh dimensions")
             shards.append(at)

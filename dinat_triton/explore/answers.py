@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 from math import prod
@@ -13,7 +14,7 @@ import numpy as np
 
 from dinat_triton import plots
 from dinat_triton import receptive_field as receptive
-from dinat_triton.geometry import Geometry
+from dinat_triton.geometry import SHIFT, Geometry
 from dinat_triton.plan import MASKED, Plan
 
 # What a browser still draws at ease, and a request still answers at once.
@@ -51,6 +52,9 @@ class _Fields:
             raise ValueError(f"{name} must be integers of up to {MAX_DIGITS} digits, got {text[:60]!r}")
         return tuple(map(int, parts))
 
+    def words(self, name: str, default: str) -> tuple[str, ...]:
+        return tuple(self.values.get(name, default).replace(",", " ").split())
+
     def shape(self) -> tuple[int, ...]:
         shape = self.ints("shape", most=3)
         if prod(shape) > MAX_TOKENS:
@@ -64,7 +68,7 @@ class _Fields:
         causal = self.ints("causal", "0", 3)
         if any(flag > 1 for flag in causal):
             raise ValueError(f"causal must be 0 or 1 on each axis, got {causal}")
-        return Geometry(self.shape(), kernel, dilation, stride, tuple(map(bool, causal)))
+        return Geometry(self.shape(), kernel, dilation, stride, tuple(map(bool, causal)), self.words("border", SHIFT))
 
     def token(self, tokens: int) -> int:
         (token,) = self.ints("token", most=1)
@@ -104,12 +108,7 @@ def field(fields: _Fields) -> Answer:
     geometry = fields.geometry()
     token = fields.token(geometry.num_tokens)
     dilations = fields.ints("dilations")
-    layers = [
-        receptive.attention(
-            Geometry(geometry.shape, geometry.kernel_size, (d,), geometry.stride, geometry.is_causal),
-        )
-        for d in dilations
-    ]
+    layers = [receptive.attention(replace(geometry, dilation=(d,))) for d in dilations]
     grown = receptive.growth(layers, _position(token, geometry.shape))
     return {
         "layers": [

@@ -1,9 +1,13 @@
 "use strict";
 // Asks the server and paints its answers. No window, tile or share is computed here.
 
-const ROWS = { shape: "size", kernel: "kernel", dilation: "dilation", stride: "stride", causal: "causal", tile: "tile" };
+const ROWS = {
+  shape: "size", kernel: "kernel", dilation: "dilation", stride: "stride", causal: "causal", border: "border", tile: "tile",
+};
+const BORDERS = ["shift", "clip", "wrap"];
 const START = {
-  shape: [16, 16], kernel: [5, 5], dilation: [2, 2], stride: [1, 1], causal: [0, 0], tile: [4, 4],
+  shape: [16, 16], kernel: [5, 5], dilation: [2, 2], stride: [1, 1], causal: [0, 0],
+  border: ["shift", "shift"], tile: [4, 4],
   dilations: [1, 2, 1, 2], depth: 4, view: "keys", token: 136,
 };
 const LISTS = ["shape", "kernel", "dilation", "stride", "causal", "tile", "dilations"];
@@ -24,6 +28,8 @@ function readAddress() {
     const values = (address.get(name) ?? "").split(/[ ,]+/).filter((v) => /^\d{1,6}$/.test(v)).map(Number);
     if (values.length) found[name] = values.slice(0, name === "dilations" ? 24 : 3);
   }
+  const borders = (address.get("border") ?? "").split(/[ ,]+/).filter((v) => BORDERS.includes(v));
+  if (borders.length) found.border = borders.slice(0, 3);
   if (/^\d{1,4}$/.test(address.get("token") ?? "")) found.token = Number(address.get("token"));
   if (/^\d{1,2}$/.test(address.get("depth") ?? "")) found.depth = Number(address.get("depth"));
   if (["keys", "queries", "field", "tiles"].includes(address.get("view"))) found.view = address.get("view");
@@ -37,7 +43,7 @@ function fit(values, rank) {
 
 function writeAddress() {
   const address = new URLSearchParams();
-  for (const name of LISTS) address.set(name, state[name].join(","));
+  for (const name of [...LISTS, "border"]) address.set(name, state[name].join(","));
   for (const name of ["depth", "view", "token"]) address.set(name, state[name]);
   history.replaceState(null, "", "?" + address.toString().replaceAll("%2C", ","));
 }
@@ -50,12 +56,15 @@ function buildControls() {
     const row = document.createElement("tr");
     row.innerHTML = `<th scope="row">${title}</th>`;
     axes.forEach((axis, index) => {
-      const input = document.createElement("input");
+      const input = document.createElement(name === "border" ? "select" : "input");
       input.name = `${name}-${index}`;
       input.setAttribute("aria-label", `${title} along ${axis}`);
       if (name === "causal") {
         input.type = "checkbox";
         input.checked = state.causal[index] === 1;
+      } else if (name === "border") {
+        input.append(...BORDERS.map((border) => new Option(border, border)));
+        input.value = state.border[index];
       } else {
         Object.assign(input, { type: "number", min: 1, max: 999999, value: state[name][index] });
       }
@@ -75,6 +84,7 @@ function readControls() {
   for (const name of Object.keys(ROWS)) {
     state[name] = state[name].map((old, axis) => {
       const input = form.elements[`${name}-${axis}`];
+      if (name === "border") return input.value;
       return name === "causal" ? Number(input.checked) : input.value === "" ? old : Math.trunc(Number(input.value));
     });
   }
@@ -93,7 +103,7 @@ async function ask(path, names) {
   return body;
 }
 
-const WINDOW = ["shape", "kernel", "dilation", "stride", "causal"];
+const WINDOW = ["shape", "kernel", "dilation", "stride", "causal", "border"];
 
 // Asks what the current view needs and paints it, unless a later request overtook this one.
 async function update() {

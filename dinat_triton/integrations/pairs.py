@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dinat_triton.device_tiles import DeviceTiles, vectors_of
-from dinat_triton.geometry import Geometry, IntArray, geometry_of, outer_index
+from dinat_triton.geometry import Geometry, IntArray, geometry_of, outer_index, rank_of
 from dinat_triton.ops import LIBRARY
 from dinat_triton.plan import AxisTiles, Plan, TileClass
 from dinat_triton.reference import accumulator
@@ -95,7 +95,7 @@ def _autograd(*arguments):
 
 def _fake(name, first, second, window, rpb, outside):
     if name == "dot":
-        return first.new_empty(*first.shape[:-1], prod(window[: len(window) // 4]))
+        return first.new_empty(*first.shape[:-1], prod(window[: rank_of(window)]))
     return torch.empty_like(second, memory_format=torch.contiguous_format)  # in every other sum these are alike
 
 
@@ -106,7 +106,7 @@ def _below_autograd(name, first, second, window, rpb, outside):
     out = _fake(name, first, second, window, rpb, outside)
     if first.numel() == 0 or second.numel() == 0:
         return out.zero_()
-    rank = len(window) // 4
+    rank = rank_of(window)
     batch, heads, *shape = (second if name == "spread" else first).shape[: 2 + rank]
     call = Sums(geometry_of(tuple(map(int, shape)), tuple(window)), batch, heads, first.device)
     if name == "dot":

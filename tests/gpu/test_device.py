@@ -22,7 +22,7 @@ pytestmark = [
 ]
 DEVICE = "cuda"
 CHUNKS = 10
-SAMPLES = sampling.samples(80, seed=5, max_tokens=400)
+SAMPLES = sampling.samples(80, seed=5, max_tokens=400, borders=sampling.BORDERS)
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +114,7 @@ def test_equal_runs_give_equal_bits(dilation: int) -> None:
 
 def test_a_packed_projection_gets_a_packed_gradient() -> None:
     packed = draw(2, 14, 14, 3, 2, 32).requires_grad_()
-    out = torch.ops.dinat_triton.na([packed], [7, 7, 1, 1, 2, 2, 0, 0], None, None, 0.0, False, "triton")[0]
+    out = torch.ops.dinat_triton.na([packed], [7, 7, 1, 1, 2, 2, 0, 0, 0, 0], None, None, 0.0, False, "triton")[0]
     together = torch.autograd.grad(out.float().sum(), packed)[0]
     parts = [x.detach().contiguous().requires_grad_() for x in packed.unbind(-3)]
     apart = torch.autograd.grad(dt.na2d(*parts, 7, dilation=2, backend="triton").float().sum(), parts)
@@ -157,7 +157,7 @@ def test_autocast_computes_in_low_precision() -> None:
 
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_a_cuda_graph_captures_forward_and_backward(dilation: int) -> None:
-    window = [7, 7, 1, 1, dilation, dilation, 0, 0]
+    window = [7, 7, 1, 1, dilation, dilation, 0, 0, 0, 0]
     packed, rpb = draw(4, 14, 14, 3, 2, 32), draw(2, 13, 13)
     scale = 32**-0.5
 
@@ -186,7 +186,7 @@ def test_it_is_what_runs_by_default() -> None:
 
 def test_the_registered_op_passes_opcheck() -> None:
     packed, rpb = (draw(*shape, dtype=torch.float32).requires_grad_() for shape in ((1, 9, 9, 3, 2, 16), (2, 5, 5)))
-    arguments = ([packed], rpb, None, [3, 3, 1, 1, 2, 2, 0, 0], 0.25, 0.0, True, "triton")
+    arguments = ([packed], rpb, None, [3, 3, 1, 1, 2, 2, 0, 0, 0, 0], 0.25, 0.0, True, "triton")
     torch.library.opcheck(torch.ops.dinat_triton.fused.default, arguments)
 
 
@@ -222,6 +222,6 @@ def test_memory_stays_near_the_tensors() -> None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with torch.no_grad():
-        torch.ops.dinat_triton.na([packed], [7, 7, 1, 1, 1, 1, 0, 0], None, None, 0.0, False, "triton")
+        torch.ops.dinat_triton.na([packed], [7, 7, 1, 1, 1, 1, 0, 0, 0, 0], None, None, 0.0, False, "triton")
     grown = torch.cuda.max_memory_allocated() - before
     assert grown < 0.6 * packed.numel() * packed.element_size() + (8 << 20)

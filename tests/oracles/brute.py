@@ -16,8 +16,10 @@ from torch import Tensor
 Window = tuple[list[int], list[int]]
 
 
-def windows(size: int, kernel: int, dilation: int, stride: int, causal: bool) -> list[Window]:
+def windows(size: int, kernel: int, dilation: int, stride: int, causal: bool, border: str = "shift") -> list[Window]:
     """Per query of one axis: the positions of its keys, and their offsets from it in dilation units."""
+    if border != "shift":
+        return _windows_of_a_line(size, kernel, dilation, stride, causal, border)
     if not (1 <= stride <= kernel and dilation >= 1 and kernel * dilation <= size):
         raise ValueError(f"not a valid axis: {size=}, {kernel=}, {dilation=}, {stride=}")
     result = []
@@ -27,6 +29,24 @@ def windows(size: int, kernel: int, dilation: int, stride: int, causal: bool) ->
         start, end = _span(query, length, kernel, stride, causal)
         members = range(start, end)
         result.append(([c * dilation + group for c in members], [c - query for c in members]))
+    return result
+
+
+def _windows_of_a_line(size: int, kernel: int, dilation: int, stride: int, causal: bool, border: str) -> list[Window]:
+    """Windows as on a line without ends, of which those keys remain that exist, or all, on a circle."""
+    if border == "wrap" and (size % dilation or kernel * dilation > size):
+        raise ValueError(f"not a valid circle: {size=}, {kernel=}, {dilation=}")
+    result = []
+    for position in range(size):
+        member = position // dilation % stride  # of a group of queries that share a window
+        centre = stride - 1 if causal else stride // 2
+        reach = (centre - kernel + 1, centre) if causal else (centre - kernel // 2, centre + (kernel - 1) // 2)
+        offsets = [
+            o for o in range(1 - kernel, kernel) if reach[0] <= member + o <= reach[1] and not (causal and o > 0)
+        ]
+        if border == "clip":
+            offsets = [o for o in offsets if 0 <= position + o * dilation < size]
+        result.append(([(position + o * dilation) % size for o in offsets], offsets))
     return result
 
 
@@ -45,7 +65,7 @@ def _span(query: int, length: int, kernel: int, stride: int, causal: bool) -> tu
 def table(shape: Sequence[int], *window: Sequence[Any]) -> tuple[Tensor, Tensor]:
     """Per query and slot of the whole kernel's row-major window: the key and its place in the flat bias, -1 if none.
 
-    `window` is kernel_size, dilation, stride and is_causal, a value per axis.
+    `window` is kernel_size, dilation, stride, is_causal and border, a value per axis.
     """
     kernel_size, axes = np.array(window[0]), [windows(*axis) for axis in zip(shape, *window, strict=True)]
     found = torch.full((2, math.prod(shape), math.prod(window[0])), -1)
@@ -65,12 +85,13 @@ def attention(
     dilation: Sequence[int],
     stride: Sequence[int],
     is_causal: Sequence[bool],
+    border: Sequence[str],
     rpb: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, *spatial, H, Dv]` and logsumexp `[B, *spatial, H]` in fp64, differentiable in every tensor."""
     shape, (heads, dim) = query.shape[1:-2], query.shape[-2:]
-    keys, places = table(tuple(shape), kernel_size, dilation, stride, is_causal)
+    keys, places = table(tuple(shape), kernel_size, dilation, stride, is_causal, border)
     query = query.double().flatten(1, -3)
     # [batch, queries, slots, heads, dim]
     key, value = (x.double().flatten(1, -3).repeat_interleave(heads // x.shape[-2], -2)[:, keys] for x in (key, value))

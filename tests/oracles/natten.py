@@ -38,7 +38,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, sample: Sample) -> tupl
     eager = mock.patch.object(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, create=True)
     with eager, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        out, lse = _function(sample)(query, key, value, return_lse=True, **sample.kwargs())
+        out, lse = _function(sample)(query, key, value, return_lse=True, **sample.natten_kwargs())
     return out, lse
 
 

@@ -1,10 +1,13 @@
-"""Seeded random geometries: small, odd, ragged, and always valid (`kernel * dilation <= size` on each axis)."""
+"""Seeded random geometries: small, odd, ragged, and always valid."""
 
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+# Half of all axes as in published models.
+BORDERS = ("shift", "shift", "clip", "wrap")
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,10 @@ class Sample:
     dilation: tuple[int, ...]
     stride: tuple[int, ...]
     is_causal: tuple[bool, ...]
+    border: tuple[str, ...] = ("shift", "shift", "shift")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "border", self.border[: self.rank])
 
     @property
     def rank(self) -> int:
@@ -27,7 +34,11 @@ class Sample:
         return any(x % d for x, d in zip(self.shape, self.dilation, strict=True))
 
     def kwargs(self) -> dict[str, Any]:
-        """What `na1d`, `na2d` and `na3d` take beside the tensors, in our names and in NATTEN's."""
+        """What `na1d`, `na2d` and `na3d` take beside the tensors."""
+        return self.natten_kwargs() | {"border": self.border}
+
+    def natten_kwargs(self) -> dict[str, Any]:
+        """What NATTEN takes, whose windows always shift."""
         return {
             "kernel_size": self.kernel_size,
             "dilation": self.dilation,
@@ -37,17 +48,25 @@ class Sample:
 
 
 def sample(
-    rng: random.Random, rank: int, *, max_tokens: int = 256, min_kernel: int = 1, strided: bool = True
+    rng: random.Random,
+    rank: int,
+    *,
+    max_tokens: int = 256,
+    min_kernel: int = 1,
+    strided: bool = True,
+    borders: Sequence[str] = ("shift",),
 ) -> Sample:
     """One geometry of at most `max_tokens` tokens."""
     shape = _shape(rng, rank, max_tokens, min_kernel)
-    axes = [_axis(rng, size, min_kernel) for size in shape]
+    border = tuple(rng.choice(borders) if len(borders) > 1 else borders[0] for _ in shape)
+    axes = [_bordered(rng, size, *_axis(rng, size, min_kernel), b) for size, b in zip(shape, border, strict=True)]
     return Sample(
         shape=shape,
         kernel_size=tuple(k for k, _ in axes),
         dilation=tuple(d for _, d in axes),
         stride=tuple(_one_or_more(rng, k) if strided else 1 for k, _ in axes),
         is_causal=tuple(rng.random() < 0.4 for _ in shape),
+        border=border,
     )
 
 
@@ -82,6 +101,15 @@ def _axis(rng: random.Random, size: int, smallest: int) -> tuple[int, int]:
     choices = range(smallest, size // dilation + 1)
     kernel = choices[-1] if rng.random() < 0.15 else rng.choice(choices)
     return kernel, dilation if dilation > 1 else _one_or_more(rng, size // kernel)
+
+
+def _bordered(rng: random.Random, size: int, kernel: int, dilation: int, border: str) -> tuple[int, int]:
+    """Clipped windows are often larger than the map; a circle's dilation divides it."""
+    if border == "clip" and rng.random() < 0.5:
+        return (2 * kernel, dilation) if rng.random() < 0.7 else (kernel, dilation + rng.randint(1, size))
+    if border == "wrap":
+        return kernel, rng.choice([d for d in range(1, dilation + 1) if size % d == 0])
+    return kernel, dilation
 
 
 def _one_or_more(rng: random.Random, largest: int) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-from dinat_triton.geometry import broadcast_ints
+from dinat_triton.geometry import broadcast_ints, rank_of
 
 Ints = Sequence[int]
 
@@ -114,7 +114,7 @@ def _na_op(inputs: list[Any], outputs: list[Any]) -> int:
     """The op has a list of query, key and value, or of what packs them, and the window."""
     tensors, window = list(inputs[0].node().inputs()), [value.toIValue() for value in inputs[1].node().inputs()]
     out = _shape(outputs[0])
-    rank = len(window) // 4
+    rank = rank_of(window)
     is_packed = len(_shape(tensors[-1])) == rank + 4
     dim = _shape(tensors[-1] if is_packed else tensors[-2])[-1]
     return prod(out[:-1]) * prod(window[:rank]) * (dim + out[-1])
