@@ -26,10 +26,7 @@ print("equal")
 
 def test_known_answers() -> None:
     """From the test vectors that come with Random123: philox4x32-10."""
-    zero, ones = torch.tensor(0), torch.tensor(0xFFFFFFFF)
-    assert philox(zero, zero, zero, zero).item() == 0x6627E8D5
-    # The vector with all words set needs a fourth counter word, which is always 0 here: the first round undoes it.
-    assert 0 <= philox(torch.tensor(-1), ones, ones, ones).item() <= 0xFFFFFFFF
+    assert philox(*[torch.tensor(0)] * 4).item() == 0x6627E8D5
 
 
 def test_triton_draws_the_same_bits() -> None:

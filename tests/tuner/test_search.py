@@ -71,14 +71,6 @@ def test_a_race_ends_with_its_budget() -> None:
     assert race(["default"], score, budget).seconds == {"default": []}
 
 
-def test_the_same_layer_is_tuned_once() -> None:
-    found = search.merged([layer(7, count=2), layer(14), layer(7, count=3), layer(7, heads=4), layer(7, batch=2)])
-    assert sorted((x.shape[0], x.heads, x.batch, x.count) for x in found) == [
-        (7, 2, 1, 5), (7, 2, 2, 1), (7, 4, 1, 1), (14, 2, 1, 1)
-    ]  # fmt: skip
-    assert found[0].count == 5  # the most expensive first
-
-
 def test_over_all_layers_the_weighted_sum_counts() -> None:
     races = {
         layer(7, count=10): Race({"default": [1.0], "a": [0.9], "b": [2.0], "only here": [0.1]}),
