@@ -28,11 +28,6 @@ class Sample:
     def rank(self) -> int:
         return len(self.shape)
 
-    @property
-    def ragged(self) -> bool:
-        """Whether residue classes of some axis differ in length."""
-        return any(x % d for x, d in zip(self.shape, self.dilation, strict=True))
-
     def kwargs(self) -> dict[str, Any]:
         """What `na1d`, `na2d` and `na3d` take beside the tensors."""
         return self.natten_kwargs() | {"border": self.border}
