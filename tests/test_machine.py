@@ -67,17 +67,6 @@ $L_few:
         run(parted.replace(barrier, "").replace("$L_few:", f"{barrier}$L_few:"))
 
 
-def test_loops_run_as_often_as_each_thread_wants() -> None:
-    body = """
-	mov.b32 	%r4, 0;
-$L_again:
-	add.s32 	%r4, %r4, 1;
-	setp.lt.u32 	%p2, %r4, %r1;
-	@%p2 bra 	$L_again;
-	st.global.b32 	[%rd2], %r4;"""
-    assert run(body) == [1, *range(1, 64)]
-
-
 @pytest.mark.parametrize(
     ("body", "message"),
     [

@@ -6,16 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-from triton.compiler import ASTSource
 
 from dinat_triton import cli
-from dinat_triton.bench import ceilings, exps
+from dinat_triton.bench import ceilings
 from dinat_triton.bench.harness import Results
-from dinat_triton.offline import assembly
-from dinat_triton.offline.targets import TARGETS
 
 CPU = torch.device("cpu")
-compiled = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernels are interpreted")
 
 
 def test_a_measured_machine_is_sane() -> None:
@@ -26,23 +22,7 @@ def test_a_measured_machine_is_sane() -> None:
     assert 0.02 <= ceilings.seconds(lambda: time.sleep(0.02), CPU) < 0.2
 
 
-@compiled
-@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
-def test_exponentials_bind_that_kernel(arch: str) -> None:
-    target = TARGETS[arch]
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(2)}
-    signature = {"x": "*fp32", "out": "*fp32", "ROUNDS": "constexpr", "BLOCK": "constexpr"}
-    source = ASTSource(exps.exps_kernel, signature, {"ROUNDS": exps.ROUNDS, "BLOCK": exps.BLOCK}, aligned)
-    kernel = triton.compile(source, target=target.triton, options={"num_warps": exps.WARPS, **exps.FUSION})
-    found = assembly.read(kernel.asm, target.is_amd)
-    assert found["spills"] == 0
-    assert found["exps"] % (exps.BLOCK // (exps.WARPS * target.warp)) == 0
-    # Instructions per exponential, against those that could be issued while one is computed.
-    issued = found["chunk_length"] / found["exps"]
-    assert issued < 0.5 * target.issues_per_clock * target.warp / target.exps_per_clock
-
-
-@compiled
+@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernels are interpreted")
 def test_a_named_architecture_is_drawn_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = ["roofline", "--arch", "sm_90", "--layers", "224:14x14*", "--backward", "--out"]
     for name in ("roof.svg", "roof.json"):

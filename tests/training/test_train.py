@@ -120,9 +120,8 @@ def test_broken_images_are_left_out_and_counted(train, pictures: Path, tmp_path:
         (data / split / "red" / "03.png").write_bytes(b"no image")
     assert train(tmp_path / "run", "--max-broken 1 --epochs 1 --workers 1", data) == 0
     assert "48 images of 3 classes to learn, 48 to validate" in capsys.readouterr().out
-    assert (
-        main(["validate", str(data), "--trained", str(tmp_path / "run"), "--per-class", str(tmp_path / "a.csv")]) == 0
-    )
+    words = f"validate {data} --trained {tmp_path / 'run'} --per-class {tmp_path / 'a.csv'}"
+    assert main(words.split()) == 0
     assert "on 47 images" in capsys.readouterr().out
     assert "red,15," in (tmp_path / "a.csv").read_text()
     assert train(tmp_path / "other", "--max-broken 0 --epochs 1", data) == 2
