@@ -41,26 +41,26 @@ class AxisCounts:
     @cached_property
     def most_columns(self) -> IntArray:
         """Columns of the widest tile."""
-        return self.widths[0].max(1)
+        return np.maximum.reduceat(self._runs.columns, np.searchsorted(self._runs.run, np.arange(len(self.lengths))))
 
     @cached_property
     def pictures(self) -> tuple[IntArray, IntArray]:
         """Different tiles, and their pairs."""
         marks = np.stack((*self._runs.pictures, self._runs.run))
-        marks = marks[:, np.lexsort(marks)]
-        rows, columns, *_, run = marks[:, np.append(True, (np.diff(marks) != 0).any(0))]
-        return np.bincount(run), np.bincount(run, rows * columns).astype(np.int64)
+        order = np.lexsort(marks)
+        different = order[np.append(True, (np.diff(marks[:, order]) != 0).any(0))]
+        run, pairs = self._runs.run[different], (self._runs.rows * self._runs.columns)[different]
+        return np.bincount(run), np.bincount(run, pairs).astype(np.int64)
 
     @cached_property
     def widths(self) -> tuple[IntArray, IntArray]:
         """`[lengths, widths]`: the numbers of columns that tiles have, and how many have each; padded with 0."""
         spread = int(self._runs.columns.max()) + 1
-        tiles_of = np.bincount(self._runs.run * spread + self._runs.columns, self._runs.tiles)
-        found = np.flatnonzero(tiles_of)
+        found, kind = np.unique(self._runs.run * spread + self._runs.columns, return_inverse=True)
         run, column = np.divmod(found, spread)
         _, place = counted(np.bincount(run))
         columns, tiles = np.zeros((2, len(self.lengths), int(place.max()) + 1), dtype=np.int64)
-        columns[run, place], tiles[run, place] = column, tiles_of[found]
+        columns[run, place], tiles[run, place] = column, np.bincount(kind, self._runs.tiles)
         return columns, tiles
 
     def _sum(self, counts: IntArray) -> IntArray:

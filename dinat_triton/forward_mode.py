@@ -22,12 +22,12 @@ def jvp(
     """Tangents of what `tiled.forward` returns, from those of its tensors."""
     call = Call(qkv, rpb, seed, geometry, scale, dropout_p)
     along = Call(qkv_tangents, rpb_tangent, seed, geometry, scale, dropout_p)
-    outs, lses = Rows(call), Rows(call)
-    for part in call.cut.parts():
-        table, tangent = call.table(part), along.table(part)
+    outs, lses = Rows(call, call.v.shape[-1], call.v.dtype), Rows(call, 1, call.dtype)
+    for tiles in call.cut.classes():
+        table, tangent = call.table(tiles), along.table(tiles)
         # What no row sees, and what the bias hides, stays so.
         tangent = tangent.masked_fill(tangent.isneginf(), 0)
-        for group in part.groups():
+        for group in tiles.groups():
             (q, k, v), (dq, dk, dv) = ([x.to(call.dtype) for x in each.tiles(group)] for each in (call, along))
             p = call.softmax(call.logits(q, k, table), -1)
             dlogits = call.logits(dq, k, tangent) + (q @ dk.mT) * scale

@@ -9,6 +9,10 @@ import numpy as np
 
 from dinat_triton.geometry import WRAP, Axis, IntArray, counted
 
+# Of the polynomials by which tiles are told apart, and its inverse modulo 2**64.
+FACTOR = 6364136223846793005
+INVERSE = pow(FACTOR, -1, 1 << 64) - (1 << 64)
+
 
 @dataclass(frozen=True, eq=False)
 class Runs:
@@ -70,11 +74,15 @@ class Runs:
 
     @cached_property
     def pictures(self) -> IntArray:
-        """`[marks, entries]`: what tells tiles apart: rows, columns, where the windows lie and how long they are."""
-        starts, seen = (np.append(0, np.cumsum(x)) for x in (self.start, self.end - self.start))
-        ahead = starts[self.past] - starts[self.first] - self.rows * self.column
-        marks = [self.rows, self.columns, self.row - self.column, ahead, seen[self.past] - seen[self.first]]
-        return np.stack(marks if self.turn is None else [*marks, self.seam])
+        """`[marks, entries]`: what tells tiles apart: rows, where the columns begin and wrap, what the rows see."""
+        return np.stack((self.rows, self.row - self.column, self.seam, self._hash(self.start), self._hash(self.end)))
+
+    def _hash(self, ends: IntArray) -> IntArray:
+        """`[entries]`: of the ends of the rows' intervals, counted from the first column: a polynomial modulo 2**64."""
+        powers, inverses = (np.full(len(ends), factor).cumprod() for factor in (FACTOR, INVERSE))
+        ones, sums = (np.append(0, np.cumsum(x)) for x in (powers, ends * powers))
+        total = sums[self.past] - sums[self.first] - self.column * (ones[self.past] - ones[self.first])
+        return total * inverses[self.first]
 
 
 def cut(axis: Axis, lengths: IntArray, transposed: bool) -> Runs:

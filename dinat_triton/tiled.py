@@ -20,14 +20,12 @@ from dinat_triton.dropout import keep_mask
 from dinat_triton.geometry import Geometry
 from dinat_triton.packing import unpack
 from dinat_triton.plan import Cost, Plan
-from dinat_triton.tile_groups import CutClass, Group, cut_of
+from dinat_triton.tile_groups import SCORES_AT_ONCE, CutClass, Group, cut_of
 
 # What a tile choice costs on two CPU cores, in nanoseconds: a score, a token of one head that is gathered, an entry of
 # the bias table, and the calls for a tile class.
 SCORE_NS, TOKEN_NS, ENTRY_NS, CLASS_NS = 0.7, 15.0, 0.4, 40_000.0
 MOST_ROWS = 1024
-# Entries of a tile class's bias table, of all heads, at most, where a smaller tile exists.
-MOST_ENTRIES = 1 << 23
 # What decides how fast a tile is.
 SOURCES = ("tiled.py", "candidates.py", "runs.py", "device_tiles.py", "tile_groups.py", "plan.py", "bias.py")
 
@@ -44,10 +42,11 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Attends; query, key and value are `[batch, *shape, heads, dim]`. The log-sum-exp is empty unless needed."""
     call = Call(qkv, rpb, seed, geometry, scale, dropout_p, tile)
-    outs, lses = Rows(call), Rows(call)
-    for part in call.cut.parts():
-        table = call.table(part)
-        for group in part.groups():
+    dim, dtype = call.v.shape[-1], call.v.dtype
+    outs, lses = Rows(call, dim, dtype), Rows(call, 1, call.dtype)
+    for tiles in call.cut.classes():
+        table = call.table(tiles)
+        for group in tiles.groups():
             if need_lse or dropout_p > 0:
                 out, lse = attend_with_lse(call, group, table)
                 outs.add(out, group)
@@ -89,13 +88,13 @@ def backward(
     call = Call(qkv, rpb, seed, geometry, scale, dropout_p, tile)
     grad_out = call.tokens(grad_out)
     grad_lse = None if grad_lse is None else call.tokens(grad_lse.unsqueeze(-1))
-    grad_q = Rows(call)
+    grad_q = Rows(call, call.q.shape[-1], call.dtype)
     grad_k, grad_v = (x.new_zeros(x.shape, dtype=call.dtype).flatten(0, -3) for x in unpack(qkv)[1:])
     grad_rpb = None if rpb is None else torch.zeros_like(rpb, dtype=call.dtype).flatten(1)
-    for part in call.cut.parts():
-        table = call.table(part)
+    for tiles in call.cut.classes():
+        table = call.table(tiles)
         grad_table = torch.zeros_like(table) if rpb is not None else None
-        for group in part.groups():
+        for group in tiles.groups():
             # Contiguous, because each goes into two products, and each product would copy it.
             qt, kt, vt = (x.to(call.dtype).contiguous() for x in call.tiles(group))
             do = call.take_rows(grad_out, group).to(call.dtype).contiguous()
@@ -111,7 +110,7 @@ def backward(
             if grad_table is not None:
                 grad_table += ds.sum(0).view_as(grad_table)
         if grad_rpb is not None and grad_table is not None:
-            grad_rpb += bias.table_grad(grad_table.flatten(1), part.pair_index, geometry.num_offsets)
+            grad_rpb += bias.table_grad(grad_table.flatten(1), tiles.pair_indices(), geometry.num_offsets)
     for grad, total in zip(unpack(grads), (grad_q.as_map(), grad_k, grad_v), strict=True):
         grad.copy_(total.view(grad.shape))
     return None if rpb is None or grad_rpb is None else grad_rpb.to(rpb.dtype).view(rpb.shape)
@@ -144,7 +143,7 @@ class Call:
         self.softmax = torch._safe_softmax if hides else torch.softmax
         tile = tile or choose_tile(geometry, self.batch, self.heads, query.dtype, query.device.type)
         self.cut = cut_of(geometry, tile, query.device, self.batch, self.heads)
-        self.is_whole = self.cut.classes[0].is_whole
+        self.is_whole = self.cut.is_whole
         # Gathered from where they are: a part of a packed tensor is strided, and torch would copy it whole first.
         self.is_packed = len(qkv) == 1 and not self.is_whole
         packed = self.tokens(qkv[0]) if self.is_packed else None
@@ -173,25 +172,25 @@ class Call:
         return tiles.unflatten(2, (self.kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
 
     def unfold(self, tile: Tensor, cells: int) -> Tensor:
-        """The inverse of `take`'s folding: `[batch * tiles * cells, heads, dim]`."""
+        """The inverse of `take`'s folding: `[batch * tiles, cells, heads, dim]`."""
         if tile.shape[2] == cells:
-            folded = tile.transpose(1, 2)
-        else:
-            folded = tile.unflatten(2, (-1, cells)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-        return folded.reshape(-1, *folded.shape[2:])
+            return tile.transpose(1, 2)
+        return tile.unflatten(2, (-1, cells)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
     def add(self, tile: Tensor, group: Group, out: Tensor) -> None:
         """Adds tiles of columns to their tokens; a token can be a column of several tiles."""
-        columns = self.unfold(tile, len(group.tiles.columns))
+        columns = self.unfold(tile, len(group.tiles.columns)).reshape(-1, *out.shape[1:])
         if self.is_whole:
             out += columns
         else:
             out.flatten(1).index_add_(0, group.columns, columns.flatten(1))
 
-    def table(self, part: CutClass) -> Tensor:
+    def table(self, tiles: CutClass) -> Tensor:
         """What to add to the logits of a class, `[heads or 1, rows, columns]`."""
-        table = bias.table(self.rpb, part.pair_index, self.geometry.num_offsets, self.dtype)
-        return table.view(len(table), len(part.tiles.rows), len(part.tiles.columns))
+        heads = 1 if self.rpb is None else self.heads
+        table = self.q.new_empty((heads, len(tiles.rows), len(tiles.columns)), dtype=self.dtype)
+        bias.fill_table(table.flatten(1), self.rpb, tiles.pair_indices(), self.geometry.num_offsets)
+        return table
 
     def mask(self, table: Tensor) -> Tensor:
         """A table as tiles take it, `[1, key heads or 1, group * rows, columns]`: SDPA's fast path wants 4-D."""
@@ -220,23 +219,31 @@ class Call:
 class Rows:
     """Something of every query, collected group by group and put in the order of the map at once."""
 
-    def __init__(self, call: Call):
+    def __init__(self, call: Call, dim: int, dtype: torch.dtype):
         self.call = call
-        self.tiles: list[Tensor] = []
-        self.slots: list[Tensor] = []
+        # In one piece: many that stay, between larger ones that go, would leave the heap in holes.
+        tokens = call.batch * call.geometry.num_tokens
+        self.rows = call.q.new_empty((tokens, call.heads, dim), dtype=dtype)
+        has_order = call.is_whole or call.cut.order is not None
+        self.slots = None if has_order else call.q.new_empty(tokens, dtype=torch.int64)
+        self.past = 0
 
     def add(self, tile: Tensor, group: Group) -> None:
-        self.tiles.append(self.call.unfold(tile, len(group.tiles.rows)))
-        self.slots.append(group.rows)
+        rows = self.call.unfold(tile, len(group.tiles.rows))
+        own = slice(self.past, self.past + len(group.rows))
+        self.rows[own].view(rows.shape).copy_(rows)
+        if self.slots is not None:
+            self.slots[own] = group.rows
+        self.past = own.stop
 
     def as_map(self) -> Tensor:
         """`[batch, *shape, heads, dim]`."""
-        call = self.call
-        x = self.tiles[0] if len(self.tiles) == 1 else torch.cat(self.tiles)
-        if not call.is_whole:
+        call, rows = self.call, self.rows
+        order = call.cut.order if self.slots is None else call.cut.find_order(self.slots)
+        if order is not None:  # or else all lie where they belong
             # Gathering rows is many times quicker than scattering them.
-            x = x.index_select(0, call.cut.order(self.slots))
-        return x.contiguous().view(call.batch, *call.geometry.shape, *x.shape[1:])
+            rows = rows.index_select(0, order)
+        return rows.view(call.batch, *call.geometry.shape, *rows.shape[1:])
 
 
 def choose_tile(
@@ -256,11 +263,14 @@ def _choose_tile(
 
 
 def modelled_tiles(geometry: Geometry, batch: int, heads: int) -> list[tuple[int, ...]]:
-    """Tiles by their modelled time, the least first: large ones evaluate more scores, small ones gather more keys."""
+    """Tiles by their modelled time, the least first: large ones evaluate more scores, small ones gather more keys.
+
+    Those of more scores than are to be held at once come last, the smallest of them first.
+    """
     candidates = Candidates(geometry, MOST_ROWS)
-    entries = heads * candidates.rows * candidates.columns
+    scores = heads * candidates.rows * candidates.columns
     nanoseconds = modelled_ns(work_of(candidates, candidates.rows == geometry.num_tokens, geometry, batch, heads))
-    too_large = np.where(entries > MOST_ENTRIES, entries, 0)
+    too_large = np.where(scores > SCORES_AT_ONCE, scores, 0)
     return [tuple(tile) for tile in candidates.tiles[np.lexsort((nanoseconds, too_large))].tolist()]
 
 

@@ -10,6 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import dinat_triton as dt
 from dinat_triton import tile_groups, tiled
+from dinat_triton.bench.memory import in_fresh_process, resident_peak
 from tests.oracles import sampling
 from tests.oracles.cases import NA, check, hide, make_case
 
@@ -60,6 +61,17 @@ def test_tiles_of_any_size_give_the_same_answer(rank: int, monkeypatch: pytest.M
         tile_groups.cut_of.cache_clear()
         case = make_case(sample, rng, scale=0.3, dropout_p=rng.choice([0.0, 0.4]))
         check(case, torch.float64, 1e-12, "tiled")
+
+
+def peak_of_large_windows() -> int:
+    *qkv, rpb = inputs = [torch.randn(shape, requires_grad=True) for shape in [(1, 4096, 1, 8)] * 3 + [(1, 4001)]]
+    torch.autograd.grad(dt.na1d(*(x[:, :3] for x in qkv), 3, rpb=rpb[:, :5], backend="tiled").sum(), inputs)
+    return resident_peak(lambda: torch.autograd.grad(dt.na1d(*qkv, 2001, rpb=rpb, backend="tiled").sum(), inputs))
+
+
+def test_large_windows_take_a_few_tiles_worth_of_memory() -> None:
+    """Eight tensors of 128 kB, and what tiles of a million scores need; there are eleven million."""
+    assert in_fresh_process(peak_of_large_windows) < 34 << 20
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,13 +1,15 @@
 """Plans hold every pair of their geometry exactly once, whatever the tiles."""
 
+import itertools
 import time
 
 import numpy as np
 import pytest
 
-from dinat_triton.candidates import Candidates
+from dinat_triton.candidates import AxisCounts, Candidates
 from dinat_triton.geometry import Geometry
 from dinat_triton.plan import MASKED, Plan, tile_axis
+from dinat_triton.runs import cut
 from tests.oracles import sampling
 
 SAMPLES = sampling.samples(120, seed=5, max_tokens=150, borders=sampling.BORDERS)
@@ -82,6 +84,17 @@ def test_candidates_count_what_their_plans_hold() -> None:
                 assert (found.rows[i], found.columns[i]) == plan.largest
                 padded = Plan(plan.geometry, plan.tile, plan.largest[0], int(chunk[i]), transposed).cost().scores
                 assert found.padded_columns(chunk)[i] * plan.largest[0] == padded
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_tiles_of_any_length_are_counted_by_what_they_see(transposed: bool) -> None:
+    for size, kernel, stride in itertools.product(range(7, 12), range(2, 6), range(2, 5)):
+        if stride <= kernel <= size:
+            g, lengths = Geometry((size,), (kernel,), stride=(stride,), is_causal=(True,)), np.arange(1, size + 1)
+            tiles, pairs = AxisCounts(cut(g.axes[0], lengths, transposed)).pictures
+            costs = [Plan(g, (length,), transposed=transposed).cost() for length in lengths.tolist()]
+            assert tiles.tolist() == [cost.launches for cost in costs], g
+            assert pairs.tolist() == [cost.table_entries for cost in costs], g
 
 
 def test_cost_counts_what_the_arrays_hold() -> None:
