@@ -73,9 +73,8 @@ def attend(
     for part in parts:
         query = _padded(query, part)
         key, value = _spread(key, part), _spread(value, part)
-    out, lse = _attend_small(
-        query, key, value, _small(window, parts, len(shape)), rpb, scale, dropout_p, return_lse, backend
-    )
+    small = _small(window, parts, len(shape))
+    out, lse = functional.attend([query, key, value], small, rpb, scale, dropout_p, return_lse, backend)
     outputs = [out, lse] if return_lse else [out]
     for part in parts:
         outputs = [x.narrow(part.dim, part.share.queries.start, len(part.share.queries)) for x in outputs]
@@ -133,12 +132,3 @@ def _small(window: Sequence[int], parts: list[Part], rank: int) -> list[int]:
     for part in parts:
         small[2 * rank + part.dim - 1] = part.share.axis.dilation
     return small
-
-
-def _attend_small(query, key, value, window, rpb, scale, dropout_p, return_lse, backend):
-    if 0 in query.shape[1:-2]:
-        # Nothing to compute. The sum ties the output to the exchange, whose backward every rank has to join.
-        tie = query.sum() + key.sum() + value.sum() + (0 if rpb is None else 0 * rpb.sum())
-        lse = query.new_zeros(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32)) + tie
-        return query.new_zeros(*query.shape[:-1], value.shape[-1]) + tie, lse
-    return functional.attend([query, key, value], window, rpb, scale, dropout_p, return_lse, backend)

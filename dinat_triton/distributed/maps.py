@@ -111,11 +111,15 @@ def read(x: Tensor, on: ShardedMap, shape: Ints, kernel: Ints, stride: Ints, pad
 def convolve(conv: nn.Conv2d, x: Tensor, on: ShardedMap, shape: Ints) -> Tensor:
     """A convolution of a map, or its part on a rank; channels come last, and `shape` is the whole map of outputs."""
     x = read(x, on, shape, conv.kernel_size, conv.stride, _padding(conv))
-    if 0 in x.shape[1:3]:
-        local = [len(chunks(n, cut.ranks)[cut.rank]) if cut else n for n, cut in zip(shape, on.cuts, strict=True)]
-        return empty(x.new_zeros(len(x), *local, conv.out_channels), x, conv.weight, conv.bias)
-    out = nn.functional.conv2d(x.permute(0, 3, 1, 2), conv.weight, conv.bias, conv.stride)
-    return out.permute(0, 2, 3, 1)
+    if idle := 0 in x.shape[1:3]:
+        # Computed all the same, so that every rank takes part in the gradients' collectives, in one order.
+        missing = [k - n for n, k in zip(x.shape[1:3], conv.kernel_size, strict=True)]
+        x = nn.functional.pad(x, [0, 0, 0, max(missing[1], 0), 0, max(missing[0], 0)])
+    out = nn.functional.conv2d(x.permute(0, 3, 1, 2), conv.weight, conv.bias, conv.stride).permute(0, 2, 3, 1)
+    if idle:
+        for axis, cut in enumerate(on.cuts):
+            out = out.narrow(1 + axis, 0, len(chunks(shape[axis], cut.ranks)[cut.rank])) if cut else out
+    return out
 
 
 def convolved_shape(conv: nn.Conv2d, shape: Ints) -> tuple[int, ...]:
@@ -134,8 +138,3 @@ def resize(x: Tensor, on: ShardedMap, shape: Ints) -> Tensor:
     if tuple(shape) == on.shape:
         return x
     return read(x, on, shape, (1, 1), (1, 1), (0, 0))
-
-
-def empty(nothing: Tensor, *inputs: Tensor | None) -> Tensor:
-    """A tensor without elements that depends on others, so that their gradients reach every rank's collectives."""
-    return nothing + sum(0 * x.sum() for x in inputs if x is not None)

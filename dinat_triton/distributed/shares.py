@@ -27,7 +27,7 @@ class Share:
     """A rank's part of an axis.
 
     Attributes:
-        axis: The small axis. Its size is 0 where the rank has nothing to do.
+        axis: The small axis. A rank with nothing to do has one of a window, so that it does as all others do.
         positions: `[axis.size]`: where its tokens lie on the whole axis, ascending.
         queries: Tokens whose outputs count, as a range.
         needed: Positions whose keys are read, ascending.
@@ -66,14 +66,17 @@ def shares(axis: Axis, ranks: int, scheme: str) -> tuple[Share, ...]:
 
 def class_share(axis: Axis, residues: IntArray) -> Share:
     """The share of a rank that computes some neighboring residue classes."""
+    if len(residues) == 0:
+        return idle_share(axis)
     positions = np.flatnonzero(np.isin(np.arange(axis.size) % axis.dilation, residues))
-    return Share(_small(axis, len(positions), len(residues)), positions, range(len(positions)), positions)
+    small = replace(axis, size=len(positions), dilation=len(residues))
+    return Share(small, positions, range(len(positions)), positions)
 
 
 def halo_share(axis: Axis, own: IntArray) -> Share:
     """The share of a rank that computes a run of queries."""
     if len(own) == 0:
-        return Share(_small(axis, 0, 1), own, range(0), own)
+        return idle_share(axis)
     needed, last_leader = _reach(axis, own)
     start, run = int(own[0]), min(len(own), axis.dilation)
     if axis.stride > 1 and start % axis.dilation + run > axis.dilation:
@@ -86,11 +89,14 @@ def halo_share(axis: Axis, own: IntArray) -> Share:
     first, stop = comb.widened(first, stop)
     positions = comb.position(np.arange(first, stop))
     query = int(comb.slot(own[0])) - first
-    return Share(_small(axis, stop - first, run), positions, range(query, query + len(own)), needed)
+    small = replace(axis, size=stop - first, dilation=run)
+    return Share(small, positions, range(query, query + len(own)), needed)
 
 
-def _small(axis: Axis, size: int, dilation: int) -> Axis:
-    return replace(axis, size=size, dilation=max(dilation, 1))
+def idle_share(axis: Axis) -> Share:
+    """The share of a rank without queries."""
+    nothing = np.arange(0)
+    return Share(replace(axis, size=axis.kernel, dilation=1), np.arange(axis.kernel), range(0), nothing)
 
 
 def _reach(axis: Axis, queries: IntArray) -> tuple[IntArray, IntArray]:
