@@ -18,12 +18,12 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 import dinat_triton as dt
 from dinat_triton import plots
 from dinat_triton.distributed.shares import CLASSES, HALO, chunks, shares
+from dinat_triton.geometry import BORDERS
 from tests.oracles.cases import NA, Case, make_case
 from tests.oracles.sampling import sample
 from tests.processes import in_processes
 
 TIMEOUT = timedelta(seconds=60)  # of a collective that some rank does not join: nothing here may hang
-BORDERS = ("shift", "clip")  # what a sharded axis may have
 MESHES = [(2,), (3,), (4,), (2, 2)]
 
 
@@ -48,6 +48,7 @@ def test_windows_of_a_share_are_those_of_the_map(scheme: str) -> None:
         for part in parts:
             seen = [axis.seen_at(int(position)).tolist() for position in part.owned]
             assert [part.positions[part.axis.seen_at(query)].tolist() for query in part.queries] == seen
+            assert (part.positions[part.slots] == part.needed[part.sources]).all()
             assert part.needed.tolist() == sorted({key for window in seen for key in window})
 
 

@@ -14,7 +14,7 @@ from dinat_triton import functional
 from dinat_triton.distributed.costs import cheapest, token
 from dinat_triton.distributed.exchange import Route, exchange, route
 from dinat_triton.distributed.shares import CLASSES, Share, chunks, shares
-from dinat_triton.geometry import Axis, Geometry, geometry_of
+from dinat_triton.geometry import BORDERS, Axis, Geometry, geometry_of
 
 
 @dataclass(frozen=True)
@@ -118,17 +118,19 @@ def _padded(query: Tensor, part: Part) -> Tensor:
 
 
 def _spread(x: Tensor, part: Part) -> Tensor:
-    """Keys with zeros for those tokens of the share that no query that counts sees."""
-    size = part.share.axis.size
-    if x.shape[part.dim] == size:
+    """Keys at those tokens of the share that some query sees, and zeros elsewhere."""
+    share = part.share
+    if share.reads_all:
         return x
-    shape = [*x.shape[: part.dim], size, *x.shape[part.dim + 1 :]]
-    return x.new_zeros(shape).index_copy(part.dim, torch.as_tensor(part.share.slots, device=x.device), x)
+    slots, sources = (torch.as_tensor(places, device=x.device) for places in (share.slots, share.sources))
+    shape = [*x.shape[: part.dim], share.axis.size, *x.shape[part.dim + 1 :]]
+    return x.new_zeros(shape).index_copy(part.dim, slots, x.index_select(part.dim, sources))
 
 
 def _small(window: Sequence[int], parts: list[Part], rank: int) -> list[int]:
-    """The window on the small map; only its dilation can differ."""
+    """The window on the small map; only its dilation and its border can differ."""
     small = list(window)
     for part in parts:
         small[2 * rank + part.dim - 1] = part.share.axis.dilation
+        small[4 * rank + part.dim - 1] = BORDERS.index(part.share.axis.border)
     return small

@@ -15,7 +15,7 @@ from dinat_triton.distributed.agreement import agree_once, check_local_part, for
 from dinat_triton.distributed.attention import Cut, attend
 from dinat_triton.distributed.gradients import shared
 from dinat_triton.functional import window_of
-from dinat_triton.geometry import WRAP, Geometry, geometry_of
+from dinat_triton.geometry import geometry_of
 
 
 @torch.compiler.disable
@@ -59,7 +59,7 @@ def _problem(
         check_dropout(options["dropout_p"])
         flat = window_of(rank, *window)
         geometry = geometry_of(tuple(query.shape[1 : 1 + rank]), tuple(flat))
-        _check_placements(query, key, geometry)
+        _check_placements(query, key, rank)
         if "rpb" in tensors:
             check_rpb(tensors["rpb"], query, geometry)
             _check_bias(tensors["rpb"], query, mesh, rank)
@@ -78,9 +78,8 @@ def _check_dtensor(name: str, x: Tensor, query: Tensor, mesh: DeviceMesh) -> Non
     check_local_part(name, x)
 
 
-def _check_placements(query: DTensor, key: Tensor, geometry: Geometry) -> None:
+def _check_placements(query: DTensor, key: Tensor, rank: int) -> None:
     shards: list[int] = []
-    rank = geometry.rank
     for dim, placement in enumerate(query.placements):
         if type(placement) is not Replicate and type(placement) is not Shard:
             raise ValueError(f"query must be placed by Shard or Replicate, got {placement}")
@@ -90,8 +89,6 @@ def _check_placements(query: DTensor, key: Tensor, geometry: Geometry) -> None:
                 raise ValueError(f"query must not be sharded over the channels of its heads, got {placement}")
             if at == rank + 1 and key.shape[at] % ranks != 0:
                 raise ValueError(f"key must have a multiple of {ranks} heads to be sharded, got {key.shape[at]}")
-            if 1 <= at <= rank and geometry.border[at - 1] == WRAP:
-                raise ValueError(f"query must not be sharded over an axis that wraps around, got {placement}")
             if at > 0 and at in shards:
                 raise ValueError(f"query must not be sharded twice over axis {at}: flatten these mesh dimensions")
             shards.append(at)

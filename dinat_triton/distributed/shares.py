@@ -13,11 +13,11 @@ A share may hold tokens that no window reaches; their keys are zeros. Outputs of
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
-from dinat_triton.geometry import Axis, IntArray
+from dinat_triton.geometry import SHIFT, WRAP, Axis, IntArray
 
 WHOLE, HALO, CLASSES = "whole", "halo", "classes"
 
@@ -28,25 +28,30 @@ class Share:
 
     Attributes:
         axis: The small axis. A rank with nothing to do has one of a window, so that it does as all others do.
-        positions: `[axis.size]`: where its tokens lie on the whole axis, ascending.
+        positions: `[axis.size]`: where its tokens lie on the whole axis.
         queries: Tokens whose outputs count, as a range.
         needed: Positions whose keys are read, ascending.
+        slots: Tokens whose keys are read.
+        sources: The place in `needed` of each of them. An axis that wraps around can show a position twice.
     """
 
     axis: Axis
     positions: IntArray
     queries: range
     needed: IntArray
+    slots: IntArray
+    sources: IntArray
 
     @property
     def owned(self) -> IntArray:
         """Positions of the queries that count."""
         return self.positions[self.queries.start : self.queries.stop]
 
-    @property
-    def slots(self) -> IntArray:
-        """`[needed]`: the share's token at each needed position."""
-        return np.searchsorted(self.positions, self.needed)
+    @cached_property
+    def reads_all(self) -> bool:
+        """Whether the keys that are read are the small axis' tokens, one by one."""
+        every = np.arange(self.axis.size)
+        return np.array_equal(self.slots, every) and np.array_equal(self.sources, every)
 
 
 def chunks(size: int, ranks: int) -> list[IntArray]:
@@ -70,37 +75,44 @@ def class_share(axis: Axis, residues: IntArray) -> Share:
         return idle_share(axis)
     positions = np.flatnonzero(np.isin(np.arange(axis.size) % axis.dilation, residues))
     small = replace(axis, size=len(positions), dilation=len(residues))
-    return Share(small, positions, range(len(positions)), positions)
+    every = np.arange(len(positions))
+    return Share(small, positions, range(len(positions)), positions, every, every)
 
 
 def halo_share(axis: Axis, own: IntArray) -> Share:
     """The share of a rank that computes a run of queries."""
     if len(own) == 0:
         return idle_share(axis)
-    needed, last_leader = _reach(axis, own)
+    reached, last_leader = _reach(axis, own)
     start, run = int(own[0]), min(len(own), axis.dilation)
     if axis.stride > 1 and start % axis.dilation + run > axis.dilation:
         run = axis.dilation
     if axis.stride > 1 and run == axis.dilation:
         start -= start % axis.dilation  # all residue classes of the comb begin at one class index
     comb = _Comb(axis, start, run)
-    first = int(comb.slot(min(needed[0], own[0])))
-    stop = int(comb.slot(np.maximum(last_leader, max(needed[-1], own[-1])).max())) + 1
+    first = int(comb.slot(min(reached[0], own[0])))
+    stop = int(comb.slot(np.maximum(last_leader, max(reached[-1], own[-1])).max())) + 1
     first, stop = comb.widened(first, stop)
-    positions = comb.position(np.arange(first, stop))
+    positions = comb.position(np.arange(first, stop)) % axis.size
     query = int(comb.slot(own[0])) - first
-    small = replace(axis, size=stop - first, dilation=run)
-    return Share(small, positions, range(query, query + len(own)), needed)
+    # Windows that wrap around do not pass an end of the small axis, nor do others that are not cut or shifted.
+    small = replace(axis, size=stop - first, dilation=run, border=SHIFT if axis.border == WRAP else axis.border)
+    needed, sources = np.unique(reached % axis.size, return_inverse=True)
+    return Share(small, positions, range(query, query + len(own)), needed, comb.slot(reached) - first, sources)
 
 
 def idle_share(axis: Axis) -> Share:
     """The share of a rank without queries."""
     nothing = np.arange(0)
-    return Share(replace(axis, size=axis.kernel, dilation=1), np.arange(axis.kernel), range(0), nothing)
+    small = replace(axis, size=axis.kernel, dilation=1)
+    return Share(small, np.arange(axis.kernel), range(0), nothing, nothing, nothing)
 
 
 def _reach(axis: Axis, queries: IntArray) -> tuple[IntArray, IntArray]:
-    """Positions that some queries see, ascending, and that of the last query of each one's stride group."""
+    """Positions that some queries see, ascending, and that of the last query of each one's stride group.
+
+    On an axis that wraps around, positions go on beyond both ends.
+    """
     index, residue = np.divmod(queries, axis.dilation)
     length = -((residue - axis.size) // axis.dilation)
     start, end = np.empty_like(index), np.empty_like(index)
@@ -108,12 +120,14 @@ def _reach(axis: Axis, queries: IntArray) -> tuple[IntArray, IntArray]:
         windows = axis.windows(int(n))
         of_length = length == n
         start[of_length], end[of_length] = (bound[index[of_length]] for bound in windows)
-    seen = np.zeros(axis.size, dtype=bool)
+    seen = np.zeros(3 * axis.size, dtype=bool)  # this round of the axis and its neighbors
     for step in range(int((end - start).max())):
         member = start + step
-        seen[(member * axis.dilation + residue)[member < end]] = True
-    group_end = np.minimum(index // axis.stride * axis.stride + axis.stride, length) - 1
-    return np.flatnonzero(seen), group_end * axis.dilation + residue
+        seen[(member * axis.dilation + residue)[member < end] + axis.size] = True
+    group_end = index // axis.stride * axis.stride + axis.stride - 1
+    if axis.border != WRAP:
+        group_end = np.minimum(group_end, length - 1)
+    return np.flatnonzero(seen) - axis.size, group_end * axis.dilation + residue
 
 
 @dataclass(frozen=True)
@@ -134,7 +148,9 @@ class _Comb:
 
     @property
     def ends(self) -> tuple[int, int]:
-        """Slots of the whole axis."""
+        """Slots of the whole axis, and of all its rounds if it wraps around."""
+        if self.axis.border == WRAP:
+            return -(1 << 62), 1 << 62
         rows = self.axis.size // self.axis.dilation + 1
         slots = np.arange(-rows * self.run, rows * self.run)
         inside = slots[(self.position(slots) >= 0) & (self.position(slots) < self.axis.size)]
