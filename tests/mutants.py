@@ -18,13 +18,17 @@ ROOT = Path(__file__).resolve().parent.parent
 # fmt: off
 BUGS = {
     "dinat_triton/geometry.py test_geometry": [
-        ("window off by one", "leader - self.kernel // 2, 0", "leader - self.kernel // 2 + 1, 0"),
-        ("causal leader", "leader + self.stride - 1, length", "leader + self.stride, length"),
-        ("stride leader", "leader + self.stride // 2, length", "leader + (self.stride - 1) // 2, length"),
+        ("window off by one", "else self.kernel // 2)", "else self.kernel // 2 - 1)"),
+        ("causal leader", "(self.stride - 1 if", "(self.stride if"),
+        ("stride leader", "else self.stride // 2)", "else (self.stride - 1) // 2)"),
         ("residue class order", "own = index * self.dilation + residue", "own = index + len(index) * residue"),
+        ("clipped leader", "if self.border == SHIFT:\n", "if self.border != WRAP:\n"),
+        ("other end of a circle", "(first - length, past - length)", "(first, past)"),
         ("transposed plan observers", '(end, key, side="right")', '(end, key, side="left")'),
         ("wrong axis", "total * shape[axis] + index", "total * shape[axis - 1] + index")],
     "dinat_triton/geometry.py test_plan": [("border", "self.kernel + self.stride", "self.kernel // 2")],
+    "dinat_triton/runs.py test_plan": [("tiles at the seam", "marks if self.turn is None else", "marks if True else")],
+    "dinat_triton/tile_groups.py test_borders": [("a circle read in order", "(c.rows, c.columns))", "(c.rows,))")],
     "dinat_triton/reference.py test_brute": [
         ("missed mask", "logits.masked_fill(~seen[..., None], -torch.inf)", "logits"),
         ("GQA head grouping", "b n (h g) d", "b n (g h) d")],

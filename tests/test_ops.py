@@ -12,7 +12,7 @@ import dinat_triton as dt
 from dinat_triton import tiled
 from dinat_triton.functional import window_of
 
-WINDOW = window_of(2, 3, 1, 2, (True, False))
+WINDOW = window_of(2, 3, 1, 2, (True, False), ("wrap", "clip"))
 BACKENDS = ("reference", "tiled")
 
 
@@ -96,7 +96,9 @@ def test_triton_refuses_forward_mode() -> None:
 @pytest.mark.parametrize(("backend", "dynamic"), [("tiled", False), ("tiled", True), ("reference", False)])
 def test_compiles_into_one_graph(backend: str, dynamic: bool) -> None:
     def attend(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = dt.na2d(query * 2, key, value, 3, dilation=2, rpb=rpb, return_lse=True, backend=backend)
+        out, lse = dt.na2d(
+            query * 2, key, value, 3, dilation=2, border=("wrap", "clip"), rpb=rpb, return_lse=True, backend=backend
+        )
         return out + 1, lse
 
     qkv, rpb = inputs()
@@ -113,8 +115,10 @@ def test_dropout_compiles_and_draws_anew() -> None:
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_modules_export_script_and_trace(rank: int) -> None:
-    module = getattr(dt, f"NeighborhoodAttention{rank}D")(8, 2, 3, dilation=2, rel_pos_bias=True).eval()
-    x = torch.randn(2, *(9, 7, 5)[:rank], 8)  # the last axis of the 3-D map is shorter than 3 * 2: padded
+    module = getattr(dt, f"NeighborhoodAttention{rank}D")(
+        8, 2, 3, dilation=2, rel_pos_bias=True, border=("wrap", "clip", "shift")[:rank]
+    ).eval()
+    x = torch.randn(2, *(8, 7, 5)[:rank], 8)  # the last axis of the 3-D map is shorter than 3 * 2: padded
     expected = module(x)
     traced = torch.fx.symbolic_trace(module)
     scripted, scripted_trace = torch.jit.script(module), torch.jit.script(traced)
