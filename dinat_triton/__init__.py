@@ -8,6 +8,7 @@ from dinat_triton import flops  # noqa: F401  (registers what the ops count as)
 from dinat_triton.dispatch import use_backend
 from dinat_triton.functional import na1d, na2d, na3d
 from dinat_triton.geometry import Geometry
+from dinat_triton.merging import merge
 from dinat_triton.modules import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
 from dinat_triton.plan import Plan
 from dinat_triton.version import __version__
@@ -33,6 +34,7 @@ __all__ = [
     "NeighborhoodAttention3D",
     "Plan",
     "__version__",
+    "merge",
     "na1d",
     "na2d",
     "na3d",

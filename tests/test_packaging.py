@@ -107,7 +107,7 @@ def test_import_is_light() -> None:
 def test_the_public_surface() -> None:
     assert dt.__version__ == version("dinat-triton")
     classes = {"Geometry", "NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D", "Plan"}
-    assert set(dt.__all__) == classes | {"__version__", "na1d", "na2d", "na3d", "use_backend"}
+    assert set(dt.__all__) == classes | {"__version__", "merge", "na1d", "na2d", "na3d", "use_backend"}
     window = ["stride", "dilation", "is_causal", "border"]
     options = [*window, "rpb", "scale", "dropout_p", "return_lse", "backend", "sizes"]
     for function in (dt.na1d, dt.na2d, dt.na3d):

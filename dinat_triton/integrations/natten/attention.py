@@ -12,6 +12,7 @@ from dinat_triton.functional import na1d, na2d
 from dinat_triton.integrations.natten.arguments import KNOBS, Refused, our_backend, refusing
 from dinat_triton.integrations.natten.eight_bit import takes_eight_bit
 from dinat_triton.integrations.natten.varlen import packing, sequences
+from dinat_triton.merging import merge
 from dinat_triton.ops import LIBRARY
 from dinat_triton.reference import accumulator
 
@@ -111,18 +112,11 @@ def attend_to_all(query: Tensor, key: Tensor, value: Tensor, scale: float | None
     whole = rows * n
     row_keys, row_values = (x[:, :whole].unflatten(1, (rows, n)) for x in (key, value))
     out, lse = na2d(query.unsqueeze(1).expand(-1, rows, -1, -1, -1), row_keys, row_values, (1, length), **options)
-    parts = list(zip(out.unbind(1), lse.unbind(1), strict=True))
+    outs, lses = [*out.unbind(1)], [*lse.unbind(1)]
     if whole < m:
-        parts.append(attend_to_all(query, key[:, whole:], value[:, whole:], scale, backend))
-    return merge(parts)
-
-
-def merge(parts: Sequence[Part]) -> Part:
-    """One attention out of several over different keys. The gradient of each log-sum-exp counts, so it is exact."""
-    outs, lses = zip(*parts, strict=True)
-    stacked = torch.stack(lses)
-    weights = stacked.softmax(0).unsqueeze(-1)
-    return sum(w * out for w, out in zip(weights, outs, strict=True)).to(outs[0].dtype), stacked.logsumexp(0)
+        rest = attend_to_all(query, key[:, whole:], value[:, whole:], scale, backend)
+        outs, lses = [*outs, rest[0]], [*lses, rest[1]]
+    return merge(outs, lses)
 
 
 def merge_attentions(
@@ -144,7 +138,7 @@ def merge_attentions(
             raise Refused(f"outputs[{i}] must be [batch, length, heads, dim] as the first, got {tuple(out.shape)}")
         if lse.shape != shape[:3]:
             raise Refused(f"lse_tensors[{i}] must have shape {tuple(shape[:3])}, got {tuple(lse.shape)}")
-    return merge(list(zip(outputs, lse_tensors, strict=True)))
+    return merge(outputs, lse_tensors)
 
 
 # Packed sequences in a compiled graph are an op, which reads where they end when it runs.

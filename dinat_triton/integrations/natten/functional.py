@@ -13,7 +13,7 @@ from torch import Tensor
 from dinat_triton import functional
 from dinat_triton.functional import Bools, Ints
 from dinat_triton.integrations.natten.arguments import FUSED, Refused, check_window, named, our_backend, refusing
-from dinat_triton.integrations.natten.attention import attend_to_all, attention, merge, merge_attentions
+from dinat_triton.integrations.natten.attention import attend_to_all, attention, merge_attentions
 from dinat_triton.integrations.natten.eight_bit import takes_eight_bit
 from dinat_triton.integrations.natten.unfused import (
     NeighborhoodAttention1DAVAutogradFunction,
@@ -38,6 +38,7 @@ from dinat_triton.integrations.natten.unfused import (
     natten3dqk,
     natten3dqkrpb,
 )
+from dinat_triton.merging import merge
 
 __all__ = [
     "FusedNeighborhoodAttention1D",
@@ -158,7 +159,7 @@ def _attend(
             return result
         own_map = query.shape[1:-2]
         more = attend_to_all(query.flatten(1, -3), additional_keys, additional_values, scale, backend)
-    out, lse = merge([result, (more[0].unflatten(1, own_map), more[1].unflatten(1, own_map))])
+    out, lse = merge([result[0], more[0].unflatten(1, own_map)], [result[1], more[1].unflatten(1, own_map)])
     return (out, lse) if return_lse else out
 
 
