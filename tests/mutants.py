@@ -27,8 +27,10 @@ BUGS = {
         ("transposed plan observers", '(end, key, side="right")', '(end, key, side="left")'),
         ("wrong axis", "total * shape[axis] + index", "total * shape[axis - 1] + index")],
     "dinat_triton/geometry.py test_plan": [("border", "self.kernel + self.stride", "self.kernel // 2")],
-    "dinat_triton/runs.py test_plan": [("tiles at the seam", "self.row - self.column, self.seam,", "self.row - self.column,")],
-    "dinat_triton/tile_groups.py test_borders": [("a circle read in order", "for x in vectors)", "for x in vectors[:1])")],
+    "dinat_triton/runs.py test_plan": [
+        ("tiles at the seam", "self.row - self.column, self.seam,", "self.row - self.column,")],
+    "dinat_triton/tile_groups.py test_borders": [
+        ("a circle read in order", "for x in vectors)", "for x in vectors[:1])")],
     "dinat_triton/reference.py test_brute": [
         ("missed mask", "logits.masked_fill(~seen[..., None], -torch.inf)", "logits"),
         ("GQA head grouping", "b n (h g) d", "b n (g h) d")],
