@@ -21,14 +21,13 @@ from tqdm import tqdm
 from dinat_triton.bench import harness, memory
 from dinat_triton.bench.harness import TIME_IS_UP, Record, Results, elapsed_ms
 from dinat_triton.bench.layers import graphed
-from dinat_triton.bench.runtimes import exported
+from dinat_triton.bench.runtimes import RUNTIMES, exported
 from dinat_triton.commands.options import check_names, check_positive, find_device, split
 from dinat_triton.commands.tables import table
-from dinat_triton.export import FORMATS
 from dinat_triton.tuner.layer_run import first_line
 
 INFERENCE, TRAINING = PASSES = ("inference", "training")
-EAGER, COMPILED, GRAPH = "eager", "compile", "graph"
+EAGER, COMPILED, FROZEN, GRAPH = "eager", "compile", "frozen", "graph"
 # The first one is what the others are set against.
 MODELS = (
     "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "convnext_tiny", "nat_mini", "dinat_mini", "nat_tiny",
@@ -86,9 +85,11 @@ def step_of(model: nn.Module, images: Tensor, pass_: str, autocast: bool) -> Cal
 def prepare(case: Case) -> Callable[[], object]:
     """A step of a fresh model with random weights; nothing has run yet."""
     model, images = model_of(case.name, case.pass_, case.batch, case.device)
-    if case.mode in FORMATS:
+    if case.mode in RUNTIMES:
         return exported(model, images, case.mode)
-    run: Any = torch.compile(model, dynamic=False) if case.mode == COMPILED else model
+    run: Any = model
+    if case.mode in (COMPILED, FROZEN):
+        run = torch.compile(model, dynamic=False, options={"freezing": case.mode == FROZEN})
     step = step_of(run, images, case.pass_, case.autocast)
     return graphed(lambda: step) if case.mode == GRAPH else step
 
@@ -170,8 +171,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", nargs="*", metavar="MODEL",
                         help="models that are measured compiled as well; all with nothing behind it")  # fmt: skip
     parser.add_argument("--graph", action="store_true", help="inference at batch 1 as well, eager and as a CUDA graph")
-    parser.add_argument("--runtimes", nargs="+", default=[], metavar="FORMAT",
-                        help=f"inference in files as well, on a CPU, of {', '.join(FORMATS)}")  # fmt: skip
+    parser.add_argument("--runtimes", nargs="+", default=[], metavar="RUNTIME",
+                        help="inference in these as well, side by side with eager, on a CPU: "
+                        f"files of {', '.join(RUNTIMES)}; and "
+                        f"{COMPILED}, or {FROZEN}: compiled with its weights as constants")  # fmt: skip
     parser.add_argument("--autocast", action="store_true", help="in bfloat16; always on a GPU")
     parser.add_argument("--seconds", type=float, help="for each model, mode and pass (default: 4, on a GPU 1)")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin nothing after this time")
@@ -197,7 +200,7 @@ def stages_of(args: argparse.Namespace) -> list[list[Case]]:
     if args.graph and device != "cuda":
         raise RuntimeError("--graph was asked for, and CUDA graphs need a GPU")
     models, passes, runtimes = split(args.models), split(args.passes), split(args.runtimes)
-    check_names("format", runtimes, FORMATS)
+    check_names("runtime", runtimes, [COMPILED, FROZEN, *RUNTIMES])
     if runtimes and (device != "cpu" or INFERENCE not in passes or args.autocast):
         raise ValueError("--runtimes measures inference in float32 on a CPU")
     check_models(models)
