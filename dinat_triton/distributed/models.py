@@ -46,8 +46,10 @@ def shard_map(model: Model, mesh: DeviceMesh) -> Model:
     layers = _layers_with_maps(model)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
+            first = tensor.contiguous()
             for dim in range(mesh.ndim):
-                dist.broadcast(tensor, group=mesh.get_group(dim), group_src=0)
+                dist.broadcast(first, group=mesh.get_group(dim), group_src=0)
+            tensor.copy_(first)
     for layer in layers:
         layer.__class__ = SHARDED[type(layer)]
     return model
