@@ -175,7 +175,8 @@ def prepare_flex_tuned(layer: Layer, inputs: Inputs) -> Attention:
     Each axis gets a coordinate in which residue classes lie too far apart to see each other: one comparison then
     decides class and window at once, and differences of coordinates index the bias.
     """
-    kernel_size, flat_rpb = layer.kernel_size, None if inputs.rpb is None else inputs.rpb.flatten(1)
+    kernel_size = layer.kernel_size
+    flat_rpb: Any = None if inputs.rpb is None else inputs.rpb.flatten(1)
     own, first = _class_coordinates(layer, inputs.query.device)
     last = math.prod(2 * k - 1 for k in kernel_size) - 1
 

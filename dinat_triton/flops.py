@@ -101,7 +101,7 @@ def _kernel_sweeps(
 
     counts = (dims.batch, dims.heads, dims.kv_heads, dims.dim, dims.value_dim)
     tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    problem = problem_of(dims.geometry, *counts, query.dtype, query.device, tf32)
+    problem = problem_of(dims.geometry, *counts, query.dtype, query.device, has_bias, tf32)
     names: tuple[str, ...] = ("forward",)
     if is_backward:
         names = ("closed_backward",) if has_closed_backward(problem) else ("query_backward", "key_backward")

@@ -1,7 +1,8 @@
 """Which plan and which launch options a kernel gets: tuned by the user, out of the shipped tables, or by a rule.
 
-A table has configs of a pass, head dim and width, `forward/32/16`, and configs of single geometries with about so many
-maps (batch * heads), `forward/32/16/56x56-k7x7-d8x8/256`, which go first. Tables that `dinat-triton tune` wrote for the
+A table has configs of a pass, head dim and width, `forward/32/16`, others for calls without a bias,
+`forward/32/16/unbiased`, and configs of single geometries with about so many maps (batch * heads),
+`forward/32/16/56x56-k7x7-d8x8/256`, which go first. Tables that `dinat-triton tune` wrote for the
 device or its architecture go before the shipped one, and the rule, safe on any GPU, comes last.
 
 A choice is made once per problem and cached; nothing is compiled or timed to make it.
@@ -113,25 +114,27 @@ def architecture_of(device: torch.device) -> Architecture:
     return Architecture(name, shared, properties.multi_processor_count, properties.name)
 
 
-def rule(name: str, dim: int, bits: int) -> Config:
+def rule(name: str, dim: int, bits: int, biased: bool = True) -> Config:
     """A config that fits every GPU that Triton knows: small tiles, little shared memory, no spills.
 
     Args:
         name: The pass, one of PASSES.
         dim: The larger of the head dims, padded to a power of two.
         bits: Width of the dtype.
+        biased: Whether there is a bias, whose gradient queries would have to hold.
     """
     wide = bits == 32 or dim > (32 if name == "closed_backward" else 64)
     # With fewer channels than rows Triton would lay warps along the rows, of which there are too few.
-    if name == "query_backward" and dim > 16:
+    if name == "query_backward" and biased and dim > 16:
         return Config(rows=16, chunk=32 if wide else 128, one_chunk=32 if wide else 128, stages=1)
     return Config(rows=16 if wide else 64, chunk=32, one_chunk=32 if wide else 64, stages=1)
 
 
 @lru_cache(maxsize=512)
 def choose_config(
-    name: str, dim: int, bits: int, architecture: str, device: str = "", geometry: Geometry | None = None, maps: int = 1
-) -> Config:
+    name: str, dim: int, bits: int, architecture: str, device: str = "", geometry: Geometry | None = None,
+    maps: int = 1, biased: bool = True,
+) -> Config:  # fmt: skip
     """The config of a pass: the user's, or the shipped one, or the rule's.
 
     Args:
@@ -142,15 +145,21 @@ def choose_config(
         device: Name of the device, if there is one.
         geometry: Whose own configs to look for; without one, only those for all geometries.
         maps: Batch times heads.
+        biased: Whether there is a bias.
     """
-    key = f"{name}/{dim}/{bits}"
+    key = table_key(name, dim, bits, biased)
     own_key = None if geometry is None else f"{key}/{store.geometry_key(geometry)}"
     for table in (load_user_table(device), load_user_table(architecture), load_table(architecture)):
         own = None if own_key is None else store.nearest(table, own_key, maps)
         found = own or table.get(key)
         if found is not None:
             return found
-    return rule(name, dim, bits)
+    return rule(name, dim, bits, biased)
+
+
+def table_key(name: str, dim: int, bits: int, biased: bool = True) -> str:
+    """Where tables keep the config of a pass."""
+    return f"{name}/{dim}/{bits}" + ("" if biased else "/unbiased")
 
 
 def config_of(key: str, entry: Any) -> Config:

@@ -106,7 +106,7 @@ def prepare_forward(
     rpb_dtype: torch.dtype | None, dropout: bool, preset: Preset | None = None,
 ) -> Launch:  # fmt: skip
     """The forward's launch. `places` are those of query, key and value."""
-    problem = _problem(geometry, places, dtype, device, tf32, preset)
+    problem = _problem(geometry, places, dtype, device, rpb_dtype is not None, tf32, preset)
     schedule = schedule_of(problem, "forward")
     table = _table(problem, schedule) if rpb_dtype is not None and not schedule.one_chunk else None
     return _launch(forward_kernel, problem, schedule, places, table, ONE_CHUNK=schedule.one_chunk)
@@ -118,7 +118,7 @@ def prepare_backward(
     rpb_dtype: torch.dtype | None, has_grad_lse: bool, dropout: bool, preset: Preset | None = None,
 ) -> Backward:  # fmt: skip
     """The backward's launches. `places` are those of query, key and value, of the output's gradient, and of theirs."""
-    problem = _problem(geometry, places, dtype, device, tf32, preset)
+    problem = _problem(geometry, places, dtype, device, rpb_dtype is not None, tf32, preset)
     has_bias = rpb_dtype is not None
     if has_closed_backward(problem):
         schedule = schedule_of(problem, "closed_backward")
@@ -219,15 +219,15 @@ def _launch(
 
 
 def _problem(
-    geometry: Geometry, places: tuple[Place, ...], dtype: torch.dtype, device: torch.device, tf32: bool,
-    preset: Preset | None,
+    geometry: Geometry, places: tuple[Place, ...], dtype: torch.dtype, device: torch.device, biased: bool,
+    tf32: bool, preset: Preset | None,
 ) -> Problem:  # fmt: skip
     """The problem of tensors in these places, the first of which are query, key and value."""
     (query, _), (key, _), (value, _) = places[:3]
     apart = max(*(strides_of(place)[1] for place in places), query[-2] * value[-1])
     wide = geometry.num_tokens * apart > MOST_NARROW
     sizes = (query[0], query[-2], key[-2], query[-1], value[-1])
-    return problem_of(geometry, *sizes, dtype, device, tf32, wide, preset)
+    return problem_of(geometry, *sizes, dtype, device, biased, tf32, wide, preset)
 
 
 def strides_of(place: Place) -> tuple[int, int, int]:

@@ -40,6 +40,7 @@ class Problem:
     dtype: torch.dtype
     device: torch.device
     architecture: Architecture
+    biased: bool
     precision: str  # of float32 products
     wide: bool  # token addresses within a batch item need 64 bits
     configs: tuple[Config, ...]  # of PASSES; empty to take those of the tables
@@ -65,7 +66,7 @@ class Schedule:
 
 def problem_of(
     geometry: Geometry, batch: int, heads: int, kv_heads: int, dim: int, value_dim: int,
-    dtype: torch.dtype, device: torch.device, tf32: bool = False, wide: bool = False,
+    dtype: torch.dtype, device: torch.device, biased: bool = True, tf32: bool = False, wide: bool = False,
     preset: Preset | None = None,
 ) -> Problem:  # fmt: skip
     """The problem of tensors of these sizes, here or on the GPU of a preset."""
@@ -76,7 +77,7 @@ def problem_of(
     if triton.knobs.runtime.interpret:
         precision = "interpreted"
     sizes = (batch, heads, kv_heads, dim, value_dim)
-    return Problem(geometry, *sizes, dtype, device, architecture, precision, wide, preset.configs)
+    return Problem(geometry, *sizes, dtype, device, architecture, biased, precision, wide, preset.configs)
 
 
 def config_of(problem: Problem, name: str) -> Config:
@@ -85,7 +86,7 @@ def config_of(problem: Problem, name: str) -> Config:
     architecture = problem.architecture
     return choose_config(
         name, max(padded(problem.dim), padded(problem.value_dim)), problem.bits, architecture.name, architecture.device,
-        problem.geometry, problem.batch * problem.heads,
+        problem.geometry, problem.batch * problem.heads, problem.biased,
     )  # fmt: skip
 
 

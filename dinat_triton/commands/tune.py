@@ -47,7 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
                         help=f"{LAYERS_HELP}; only whole settings also decide for layers that are not named "
                         "(default: dinat_mini@224)")  # fmt: skip
     parser.add_argument("--dtype", help=f"of {', '.join(DTYPES)} (default: bfloat16 on GPUs, float32 on CPUs)")
-    parser.add_argument("--dim", type=int, nargs="+", default=[32], help="head dims (default: 32)")
+    parser.add_argument("--dim", type=int, nargs="+", help="head dims (default: each model's own)")
     parser.add_argument("--batch", type=int, help=f"{BATCH_HELP} (default: 128 on GPUs, 1 on CPUs)")
     parser.add_argument("--budget", type=float, default=60, metavar="SECONDS",
                         help="after which the best found so far is kept (default: 60)")  # fmt: skip
@@ -90,7 +90,7 @@ def parts_of(args: argparse.Namespace) -> list[Part]:
     from dinat_triton.tuner.search import merged
 
     check_positive(args, "jobs", "batch")
-    check_dims(args.dim)
+    check_dims(args.dim or [])
     check_names("dtype", [args.dtype] if args.dtype else [], DTYPES)
     whats = _whats(args)
     _check_out(args, [what for what in whats if what != "cpu"])
@@ -98,9 +98,11 @@ def parts_of(args: argparse.Namespace) -> list[Part]:
     parts = []
     for what in whats:
         dtype, batch = DEFAULTS["cpu" if what == "cpu" else "gpu"]
-        for dim in args.dim:
+        for dim in args.dim or [None]:
             layers = merged(find_layers(args.layers, dim, args.batch or batch))
-            parts.append(Part(what, dim, args.dtype or dtype, tuple(layers), whole))
+            for kind in dict.fromkeys((layer.dim, layer.has_bias) for layer in layers):  # which share no config
+                alike = tuple(layer for layer in layers if (layer.dim, layer.has_bias) == kind)
+                parts.append(Part(what, kind[0], args.dtype or dtype, alike, whole))
     return parts
 
 

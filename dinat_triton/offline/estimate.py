@@ -104,7 +104,7 @@ def record(
     variants = variants_of(layer, target, dtype, configs)
     sizes = (layer.batch, layer.heads, layer.heads, layer.dim, layer.dim)
     preset = Preset(target.architecture, configs)
-    problem = problem_of(layer.geometry, *sizes, dtype, torch.device("meta"), preset=preset)
+    problem = problem_of(layer.geometry, *sizes, dtype, torch.device("meta"), layer.has_bias, preset=preset)
     steps = [
         Step(variant, schedule_of(problem, variant.name), layer, dtype.itemsize)
         for variant in variants

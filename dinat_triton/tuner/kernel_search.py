@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dinat_triton import store
 from dinat_triton.kernels import attention
-from dinat_triton.kernels.configs import LIKE, Config, Preset, choose_config, padded, rule
+from dinat_triton.kernels.configs import LIKE, Config, Preset, choose_config, padded, rule, table_key
 from dinat_triton.layers import Layer
 from dinat_triton.offline.targets import TARGETS, Target
 from dinat_triton.tuner.layer_run import LayerRun
@@ -71,7 +71,7 @@ class KernelSearch:
 
     def __post_init__(self) -> None:
         self.bits = torch.finfo(self.model.dtype).bits
-        self.dim = padded(self.layers[0].dim)
+        self.dim, self.biased = padded(self.layers[0].dim), self.layers[0].has_bias
         self.rounds = LEAST_ROUNDS if self.clock_of else 1
         warp = self.model.target.warp
         self.own = {
@@ -101,11 +101,12 @@ class KernelSearch:
 
     def in_use(self, name: str, layer: Layer | None = None) -> Config:
         """Config that a layer gets now, or a layer that nobody tuned."""
-        own = () if layer is None else (layer.geometry, layer.maps)
-        return choose_config(name, self.dim, self.bits, self.model.target.name, self.model.target.device, *own)
+        own = {} if layer is None else {"geometry": layer.geometry, "maps": layer.maps}
+        target = self.model.target
+        return choose_config(name, self.dim, self.bits, target.name, target.device, **own, biased=self.biased)
 
     def default(self, name: str) -> Config:
-        return self.in_use(name) if self.clock_of else rule(name, self.dim, self.bits)
+        return self.in_use(name) if self.clock_of else rule(name, self.dim, self.bits, self.biased)
 
     def known(self, name: str, layer: Layer) -> list[Config]:
         """Configs that are raced in any case."""
@@ -203,7 +204,7 @@ class KernelSearch:
 
     def _decide(self, name: str, found: Found) -> None:
         """The config for layers in general, and those that single layers get because it is not good enough for them."""
-        races, key = self.races[name], f"{name}/{self.dim}/{self.bits}"
+        races, key = self.races[name], table_key(name, self.dim, self.bits, self.biased)
         layers = [layer for layer in self.layers if self.applies(name, layer)]
         general = None
         if self.general and layers and all(layer in races for layer in layers):
@@ -255,7 +256,7 @@ def shipped(entries: Mapping[str, Config]) -> dict[str, dict[str, int]]:
     """Entries as they go into `kernels/tuned/`: without those that only say what the rule says anyway."""
 
     def is_rule(key: str, config: Config) -> bool:
-        name, dim, bits, *own = key.split("/")
-        return not own and config == rule(name, int(dim), int(bits))
+        name, dim, bits, *of = key.split("/")
+        return of in ([], ["unbiased"]) and config == rule(name, int(dim), int(bits), biased=not of)
 
     return {key: asdict(config) for key, config in entries.items() if not is_rule(key, config)}

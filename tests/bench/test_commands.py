@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinat_triton import cli
+from dinat_triton import Geometry, cli
 from dinat_triton.commands.options import find_layers
 from dinat_triton.layers import layers_of
 from dinat_triton.offline.targets import TARGETS
@@ -54,3 +54,6 @@ def test_words_name_layers() -> None:
     assert find_layers(["224:56x56*"]) == mini[:2]
     assert [find_layers([f"224:{layer.short_name}"]) for layer in mini] == [[layer] for layer in mini]
     assert {layer.batch for layer in find_layers(["coco"], batch=128)} == {16}
+    (video,), strided = find_layers(["ltx@decoder:79*"]), find_layers(["natten@tables:*-s*"])
+    assert (video.geometry, video.heads, video.dim, video.has_bias) == (Geometry((79, 192, 192), (11,)), 4, 64, False)
+    assert [layer.geometry.stride for layer in strided] == [(16, 16), (16, 8, 8)]
