@@ -75,6 +75,14 @@ def test_packed_sequences_do_not_see_each_other(is_causal: bool) -> None:
             natten.attention(query, key, value, **given | {"cumulative_seqlen_KV": wrong})
 
 
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_sequences_without_tokens_have_gradients_that_are_zero(backend: str | None) -> None:
+    attend = torch.compile(natten.attention, fullgraph=True, backend=backend) if backend else natten.attention
+    inputs, ends = [leaf(1, 4, 2, 3) for _ in range(3)], torch.zeros(3, dtype=torch.int32)
+    out = attend(*inputs, False, None, None, None, ends, ends, 0, 0)
+    assert not torch.stack((out, *torch.autograd.grad(out.sum(), inputs))).any()
+
+
 def test_a_compiled_graph_of_packed_sequences_autocasts() -> None:
     query, lengths = torch.randn(1, 8, 2, 4), torch.tensor([3, 5], dtype=torch.int32)
     *sums, longest, _ = generate_varlen_parameters(query, query, query, lengths, lengths)

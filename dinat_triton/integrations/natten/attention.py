@@ -83,8 +83,9 @@ def _attend(
     """Attention of one sequence."""
     n, m = query.shape[1], key.shape[1]
     if n == 0 or m == 0:
-        lse = query.new_full(query.shape[:-1], -torch.inf, dtype=accumulator(query.dtype))
-        return query.new_zeros(*query.shape[:-1], value.shape[-1]), lse
+        # Sums of nothing are zeros that belong to the graph: their gradients are zeros too, and not missing.
+        zero = query[..., :0].sum(-1, keepdim=True) + key[:, :0].sum() + value[:, :0].sum()
+        return zero.expand(*zero.shape[:-1], value.shape[-1]), zero.squeeze(-1).to(accumulator(zero.dtype)) - torch.inf
     if not is_causal:
         return attend_to_all(query, key, value, scale, backend)
     if n > m:  # queries behind the last key see all of them
