@@ -53,6 +53,16 @@ def check_rpb(rpb: Tensor, query: Tensor, geometry: Geometry) -> None:
         raise ValueError(f"rpb must be on the device of query, {query.device}, got {rpb.device}")
 
 
+def check_key_mask(key_mask: Tensor, query: Tensor) -> None:
+    expected = tuple(query.shape[:-2])
+    if key_mask.dtype != torch.bool:
+        raise TypeError(f"key_mask must be a bool tensor, True where the key may be seen, got {key_mask.dtype}")
+    if tuple(key_mask.shape) != expected:
+        raise ValueError(f"key_mask must have the batch and map of query, {expected}, got {tuple(key_mask.shape)}")
+    if key_mask.device != query.device:
+        raise ValueError(f"key_mask must be on the device of query, {query.device}, got {key_mask.device}")
+
+
 def check_scale(scale: float | None) -> None:
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number, got {scale}")

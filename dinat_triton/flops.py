@@ -38,7 +38,7 @@ class Dims:
 
 def dims_of(shapes: list[torch.Size], window: list[int], sizes: list[int] | None) -> list[Dims]:
     """Those of query, key and value, or of the tensor that packs them: one for all maps, or one for each."""
-    query, key, value = shapes if len(shapes) == 3 else 3 * [shapes[0][:-3] + shapes[0][-2:]]
+    query, key, value = shapes[:3] if len(shapes) >= 3 else 3 * [shapes[0][:-3] + shapes[0][-2:]]
     channels = (query[-2], key[-2], query[-1], value[-1])
     if sizes is None:
         return [Dims(geometry_of(tuple(query[1:-2]), tuple(window)), query[0], *channels)]

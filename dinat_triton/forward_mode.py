@@ -29,8 +29,8 @@ def jvp(
         tangent = tangent.masked_fill(tangent.isneginf(), 0)
         for group in tiles.groups():
             (q, k, v), (dq, dk, dv) = ([x.to(call.dtype) for x in each.tiles(group)] for each in (call, along))
-            p = call.softmax(call.logits(q, k, table), -1)
-            dlogits = call.logits(dq, k, tangent) + (q @ dk.mT) * scale
+            p = call.softmax(call.logits(q, k, call.mask(table, group)), -1)
+            dlogits = call.logits(dq, k, along.fold(tangent)) + (q @ dk.mT) * scale
             dlse = (p * dlogits).sum(-1, keepdim=True)
             dp = p * (dlogits - dlse)
             outs.add((call.drop(dp, group) @ v + call.drop(p, group) @ dv).to(qkv[0].dtype), group)

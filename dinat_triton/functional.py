@@ -42,11 +42,12 @@ def attend(
     return_lse: bool,
     backend: str | None,
     sizes: list[int] | None = None,
+    key_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op `na`: one node in a compiled or traced graph; in eager mode called without torch's dispatcher between."""
     na = torch.ops.dinat_triton.na if torch.compiler.is_compiling() or torch._C._is_tracing() else ops.na
     backend = current_backend() if backend is None else backend
-    return na(qkv, window, rpb, scale, dropout_p, return_lse, backend, sizes)
+    return na(qkv, window, rpb, scale, dropout_p, return_lse, backend, sizes, key_mask)
 
 
 def _is_sharded(*tensors: Tensor | None) -> bool:
@@ -73,17 +74,20 @@ def _public(rank: int):
         return_lse: bool = False,
         backend: str | None = None,
         sizes: Sequence[Ints] | None = None,
+        key_mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        if has_torch_function((query, key, value, rpb)):
+        if has_torch_function(tensors := (query, key, value, rpb, key_mask)):
             options: dict[str, Any] = {"stride": stride, "dilation": dilation, "is_causal": is_causal, "border": border}
             options |= {"rpb": rpb, "scale": scale, "dropout_p": dropout_p}
-            options |= {"return_lse": return_lse, "backend": backend, "sizes": sizes}
-            return handle_torch_function(na, (query, key, value, rpb), query, key, value, kernel_size, **options)
+            options |= {"return_lse": return_lse, "backend": backend, "sizes": sizes, "key_mask": key_mask}
+            return handle_torch_function(na, tensors, query, key, value, kernel_size, **options)
         if _is_sharded(query, key, value, rpb):
             from dinat_triton.distributed import dtensors
 
             if sizes is not None:
                 raise ValueError(f"sizes must be None for DTensors, whose maps are all alike, got {sizes}")
+            if key_mask is not None:
+                raise ValueError(f"key_mask must be None for DTensors, got shape {tuple(key_mask.shape)}")
             rest = {"rpb": rpb, "scale": scale, "dropout_p": dropout_p, "return_lse": return_lse, "backend": backend}
             out, lse = dtensors.na(rank, query, key, value, kernel_size, stride, dilation, is_causal, border, **rest)
             return out if lse is None else (out, lse)
@@ -91,7 +95,7 @@ def _public(rank: int):
             check_rank(name, x, rank, sizes is not None)
         window = window_of(rank, kernel_size, stride, dilation, is_causal, border)
         flat = None if sizes is None else flat_sizes(sizes, rank)
-        out, lse = attend([query, key, value], window, rpb, scale, dropout_p, return_lse, backend, flat)
+        out, lse = attend([query, key, value], window, rpb, scale, dropout_p, return_lse, backend, flat, key_mask)
         return (out, lse) if return_lse else out
 
     axes = ("length",) if rank == 1 else ("depth", "height", "width")[3 - rank :]
@@ -121,6 +125,8 @@ def _public(rank: int):
         sizes: One shape per map, for a batch of maps of different sizes: each in the top left corner of its batch item,
             or, with tensors `[tokens of all maps, heads, dim]`, one after the other. Every map is attended to as if it
             were alone; padding is never read, and zero in outputs and gradients.
+        key_mask: `[batch, {", ".join(axes)}]`, True where the key may be seen. What the hidden keys and values hold
+            reaches nothing; a query that sees no key gets zeros, and a log-sum-exp of -inf.
 
     Returns:
         `[batch, {", ".join(axes)}, heads, value dim]`, and with `return_lse` the log-sum-exp without its last axis.

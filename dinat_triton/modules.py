@@ -25,14 +25,29 @@ def split_heads(qkv: Tensor, sizes: list[int]) -> Tensor:
 
 
 @torch.fx.wrap
-def attend(qkv: Tensor, window: list[int], rpb: Tensor | None, scale: float | None, dropout_p: float) -> Tensor:
+def pad_mask(key_mask: Tensor | None, span: list[int]) -> Tensor | None:
+    """A key mask padded with its map; the zeros that are added to a map may be seen, with a mask as without."""
+    if key_mask is None:
+        return None
+    return pad_to_span((~key_mask).unsqueeze(-1).float(), span, 1).squeeze(-1) == 0
+
+
+@torch.fx.wrap
+def attend(
+    qkv: Tensor,
+    window: list[int],
+    rpb: Tensor | None,
+    scale: float | None,
+    dropout_p: float,
+    key_mask: Tensor | None = None,
+) -> Tensor:
     """Attends on a packed `[batch, *shape, 3, heads, dim]`."""
     if torch.jit.is_scripting():
-        return torch.ops.dinat_triton.na([qkv], window, rpb, scale, dropout_p, False, None)[0]
+        return torch.ops.dinat_triton.na([qkv], window, rpb, scale, dropout_p, False, None, None, key_mask)[0]
     else:
         if rpb is not None and hasattr(rpb, "to_local"):  # a DTensor: its local heads are those of qkv
             rpb = rpb.to_local()
-        return functional.attend([qkv], window, rpb, scale, dropout_p, False, None)[0]
+        return functional.attend([qkv], window, rpb, scale, dropout_p, False, None, None, key_mask)[0]
 
 
 class _NeighborhoodAttention(nn.Module):
@@ -102,10 +117,12 @@ class _NeighborhoodAttention(nn.Module):
         if rpb is not None:
             nn.init.trunc_normal_(rpb, std=0.02)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """Attends; `key_mask` is `[batch, *shape]`, True where the key may be seen."""
         padded = pad_to_span(x, self.span, self.embed_dim)
         qkv = split_heads(self.qkv(padded), self.qkv_sizes)
-        out = attend(qkv, self.window, self.rpb, self.scale, self.attn_drop.p if self.attn_drop.training else 0.0)
+        dropout_p = self.attn_drop.p if self.attn_drop.training else 0.0
+        out = attend(qkv, self.window, self.rpb, self.scale, dropout_p, pad_mask(key_mask, self.span))
         return self.proj_drop(self.proj(crop_like(out.flatten(-2), x)))
 
     def extra_repr(self) -> str:

@@ -8,7 +8,7 @@ mode.
 The ops take query, key and value as a list: of the three, or of one tensor that packs them before its heads axis. A
 packed input gets a packed gradient, with no copy in between. `window` is kernel_size, stride, dilation, is_causal and
 the border's place in BORDERS, each of all axes, one after the other; `sizes`, of a batch of maps of different sizes,
-the axes of all maps.
+the axes of all maps. Behind `na` a key mask is the last of the list.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from dinat_triton import dropout, forward_mode, reference, tile_form, tiled, tiled_maps
-from dinat_triton.checks import check_dropout, check_rpb, check_scale, check_tensors
+from dinat_triton.checks import check_dropout, check_key_mask, check_rpb, check_scale, check_tensors
 from dinat_triton.dispatch import resolve
 from dinat_triton.geometry import Geometry, borders_of, check_fits, geometry_of, rank_of, split_window
 from dinat_triton.map_batch import MapBatch, map_batch_of
-from dinat_triton.packing import unpack
+from dinat_triton.packing import hide_keys, split_mask, unpack
 
 LIBRARY = torch.library.Library("dinat_triton", "DEF")
 LIBRARY.define(
     "na(Tensor[] qkv, int[] window, Tensor? rpb=None, float? scale=None, float dropout_p=0.0, bool return_lse=False, "
-    "str? backend=None, int[]? sizes=None) -> (Tensor, Tensor)"
+    "str? backend=None, int[]? sizes=None, Tensor? key_mask=None) -> (Tensor, Tensor)"
 )
 LIBRARY.define(
     "fused(Tensor[] qkv, Tensor? rpb, Tensor? seed, int[] window, float scale, float dropout_p, bool need_lse, "
@@ -56,7 +56,7 @@ def _geometry(qkv: list[Tensor], window: list[int]) -> Geometry:
 
 
 def _map_batch(qkv: list[Tensor], window: list[int], sizes: list[int]) -> MapBatch:
-    lead = qkv[0].shape[: -2 if len(qkv) == 3 else -3]
+    lead = qkv[0].shape[: -2 if len(qkv) >= 3 else -3]
     return map_batch_of(tuple(map(int, lead)), tuple(window), tuple(map(int, sizes)))
 
 
@@ -92,12 +92,13 @@ def na(
     return_lse: bool = False,
     backend: str | None = None,
     sizes: list[int] | None = None,
+    key_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if _is_autocast_on(device := qkv[0].device.type):
         low = torch.get_autocast_dtype(device)
         qkv = [x if x.dtype == torch.float64 else x.to(low) for x in qkv]
         with torch.autocast(device, enabled=False):  # it must not round what is computed from these
-            return na(qkv, window, rpb, scale, dropout_p, return_lse, backend, sizes)
+            return na(qkv, window, rpb, scale, dropout_p, return_lse, backend, sizes, key_mask)
     query, key, value = unpack(qkv)
     check_tensors(query, key, value)
     check_scale(scale)
@@ -111,8 +112,10 @@ def na(
         raise ValueError(f"{error}. Tensors are {read}, and query has shape {tuple(query.shape)}") from None
     if rpb is not None:
         check_rpb(rpb, query, geometry)
+    if key_mask is not None:
+        check_key_mask(key_mask, query)
     if type(query) is not Tensor and torch.onnx.is_in_onnx_export():
-        return opened(qkv, window, rpb, scale, dropout_p, sizes=sizes)
+        return opened(qkv, window, rpb, scale, dropout_p, sizes=sizes, key_mask=key_mask)
     if sizes is not None and backend in (None, "triton"):
         if backend == "triton":
             raise RuntimeError("backend 'triton' cannot run this call: it takes maps of one size")
@@ -120,11 +123,13 @@ def na(
     backend = resolve(backend, query, key, value, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     seed = dropout.new_seed(query.device) if dropout_p > 0 else None
+    qkv = _with_mask(qkv, key_mask, backend)
     if backend == "reference":
 
         def attend(qkv, geometry, seed):
             query, key, value = unpack(qkv)
-            return reference.attention(query, key, value, rpb, seed, geometry, scale, dropout_p)
+            key_mask = split_mask(qkv)[1]
+            return reference.attention(query, key, value, rpb, seed, geometry, scale, dropout_p, key_mask)
 
         return _attend_by_map(attend, qkv, seed, _problem(qkv, window, sizes))
     # Triton's backward reads the log-sum-exp; writing it costs next to nothing. The tiled backward recomputes it.
@@ -141,6 +146,7 @@ def opened(
     return_lse: bool = False,
     backend: str | None = None,
     sizes: list[int] | None = None,
+    key_mask: Tensor | None = None,
     may_hide: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The op `na` as a graph of plain torch operations, for exporters: nothing of this package is left in it."""
@@ -151,7 +157,14 @@ def opened(
     def attend(qkv, geometry, seed):
         return tile_form.attention(qkv, rpb, geometry, scale, may_hide)
 
-    return _attend_by_map(attend, qkv, None, _problem(qkv, window, sizes))
+    return _attend_by_map(attend, _with_mask(qkv, key_mask), None, _problem(qkv, window, sizes))
+
+
+def _with_mask(qkv: list[Tensor], key_mask: Tensor | None, backend: str | None = None) -> list[Tensor]:
+    """The tensors with the mask behind them. Triton's kernels skip hidden keys and values; others read zeros there."""
+    if key_mask is None:
+        return qkv
+    return [*(qkv if backend == "triton" else hide_keys(qkv, key_mask)), key_mask]
 
 
 def _attend_by_map(attend, qkv, seed, problem: Geometry | MapBatch) -> tuple[Tensor, Tensor]:
@@ -181,7 +194,7 @@ def _fused_backward(qkv, rpb, seed, out, lse, grad_out, grad_lse, window, scale,
             options = (window, scale, dropout_p, backend, sizes)
             return _fused_backward(qkv, rpb, seed, out, lse, grad_out, grad_lse, *options)
     new = torch.empty_like if sizes is None else torch.zeros_like  # padding between maps is not written
-    grads = [new(x, memory_format=torch.contiguous_format) for x in qkv]
+    grads = [new(x, memory_format=torch.contiguous_format) for x in split_mask(qkv)[0]]
     if qkv[0].numel() == 0:
         return grads, _no_bias(rpb, grad_out).zero_()
     problem = _problem(qkv, window, sizes)
@@ -192,7 +205,8 @@ def _fused_backward(qkv, rpb, seed, out, lse, grad_out, grad_lse, window, scale,
 
 
 def _fused_backward_fake(qkv, rpb, seed, out, lse, grad_out, grad_lse, window, scale, dropout_p, backend, sizes=None):
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in qkv], _no_bias(rpb, qkv[0])
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in split_mask(qkv)[0]]
+    return grads, _no_bias(rpb, qkv[0])
 
 
 def _fused_jvp(qkv, rpb, seed, qkv_tangents, rpb_tangent, window, scale, dropout_p, need_lse, backend, sizes=None):
@@ -203,8 +217,10 @@ def _fused_jvp(qkv, rpb, seed, qkv_tangents, rpb_tangent, window, scale, dropout
     if qkv[0].numel() == 0:
         return _fused_fake(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend, sizes)
 
+    count = len(qkv)
+
     def attend(both, geometry, seed):
-        qkv, tangents = both[: len(both) // 2], both[len(both) // 2 :]
+        qkv, tangents = both[:count], both[count:]
         return forward_mode.jvp(qkv, rpb, seed, tangents, rpb_tangent, geometry, scale, dropout_p, need_lse)
 
     return _attend_by_map(attend, [*qkv, *qkv_tangents], seed, _problem(qkv, window, sizes))
@@ -262,12 +278,14 @@ class Fused(torch.autograd.Function):
         # Where these gradients are recorded in turn, autograd has to learn that they have none.
         call = _fused_backward_autograd if torch.is_grad_enabled() else partial(_below_autograd, FUSED_BACKWARD)
         grads, grad_rpb = call(*arguments)
-        return None if rpb is None else grad_rpb, None, None, None, None, None, None, None, *grads
+        no_mask = [None] * (len(qkv) - len(grads))
+        return None if rpb is None else grad_rpb, None, None, None, None, None, None, None, *grads, *no_mask
 
     @staticmethod
     def jvp(ctx, rpb_tangent, _seed, _window, _scale, _dropout_p, _need_lse, _backend, _sizes, *qkv_tangents):
         *qkv, rpb, seed, _, _ = ctx.saved_tensors
-        tangents = [torch.zeros_like(x) if t is None else t for x, t in zip(qkv, qkv_tangents, strict=True)]
+        pairs = zip(split_mask(qkv)[0], qkv_tangents, strict=False)
+        tangents = [torch.zeros_like(x) if t is None else t for x, t in pairs]
         *options, backend, sizes = ctx.options
         options = (*options, ctx.need_lse, backend, sizes)
         return _last_derivative(FUSED_JVP, qkv, rpb, seed, tangents, rpb_tangent, *options)

@@ -23,6 +23,7 @@ def attention(
     geometry: Geometry,
     scale: float,
     dropout_p: float,
+    key_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attends; tensors are `[batch, *shape, heads, dim]`. Returns the output and the log-sum-exp of the logits."""
     wide, device = accumulator(query.dtype), query.device
@@ -40,8 +41,10 @@ def attention(
     logits = (scale * q[:, :, None] * keys).sum(-1)  # [batch, query, key, head]
     if rpb is not None:
         logits = logits + rearrange(rpb.to(wide).flatten(1)[:, offsets], "h n m -> n m h")
+    if key_mask is not None:
+        seen = seen & key_mask.flatten(1)[:, tokens]
     logits = logits.masked_fill(~seen[..., None], -torch.inf)
-    empty = (logits == -torch.inf).all(2, keepdim=True)  # the bias may hide every key of a window
+    empty = (logits == -torch.inf).all(2, keepdim=True)  # bias and mask may hide every key of a window
     logits = logits.masked_fill(empty, 0)
 
     probabilities = logits.softmax(2).masked_fill(empty, 0)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dinat_triton.candidates import Candidates
 from dinat_triton.geometry import Geometry, IntArray
-from dinat_triton.packing import unpack
+from dinat_triton.packing import split_mask, unpack
 from dinat_triton.plan import Plan
 
 # What a tile choice costs, in no unit: a score, and a token that is gathered.
@@ -35,6 +35,7 @@ def attention(
     `may_hide` is whether `rpb` may hide every key of a window, which takes an operation more.
     """
     query, key, _ = unpack(qkv)
+    qkv, key_mask = split_mask(qkv)
     heads, wide, form = query.shape[-2], torch.promote_types(query.dtype, torch.float32), form_of(geometry)
     own = np.arange(heads)
     shared = own // (heads // key.shape[-2])
@@ -46,9 +47,15 @@ def attention(
     q, k, v = (form.tiles(x, of_token, tokens) for (x, of_token), tokens in zip(sources, cells, strict=True))
     values = query.new_zeros(1, geometry.num_offsets) if rpb is None else rpb.flatten(1)
     table = _table(values.to(wide), form, heads)
-    empty = table.isneginf().all(-1, keepdim=True) if rpb is not None and may_hide else None
+    rpb_alone_hides = rpb is not None and may_hide and key_mask is None
+    empty = table.isneginf().all(-1, keepdim=True) if rpb_alone_hides else None
     table = table if empty is None else table.masked_fill(empty, 0)
     logits = ((q * scale) @ k.mT).to(wide) + table
+    if key_mask is not None:
+        hidden = form.tiles((~key_mask).to(wide)[..., None, None], 0 * own, form.columns).mT > 0
+        logits = logits.masked_fill(hidden, -torch.inf)
+        empty = logits.isneginf().all(-1, keepdim=True)
+        logits = logits.masked_fill(empty, 0)
     out = logits.softmax(-1).to(v.dtype) @ v
     lse = logits.logsumexp(-1, keepdim=True)
     if empty is not None:

@@ -18,7 +18,7 @@ from dinat_triton import bias, store
 from dinat_triton.candidates import Candidates
 from dinat_triton.dropout import keep_mask
 from dinat_triton.geometry import Geometry
-from dinat_triton.packing import unpack
+from dinat_triton.packing import split_mask, unpack
 from dinat_triton.plan import Cost, Plan
 from dinat_triton.tile_groups import SCORES_AT_ONCE, CutClass, Group, cut_of
 
@@ -59,13 +59,13 @@ def forward(
 def attend(call: Call, group: Group, table: Tensor) -> Tensor:
     """Output of a group's rows."""
     # No local names: freed tiles are reused while still in cache.
-    return scaled_dot_product_attention(*call.tiles(group), attn_mask=call.mask(table), scale=call.scale)
+    return scaled_dot_product_attention(*call.tiles(group), attn_mask=call.mask(table, group), scale=call.scale)
 
 
 def attend_with_lse(call: Call, group: Group, table: Tensor) -> tuple[Tensor, Tensor]:
     """The same with its log-sum-exp, and with dropout."""
     q, k, v = call.tiles(group)
-    logits = call.logits(q, k, table)
+    logits = call.logits(q, k, call.mask(table, group))
     tile = (call.drop(call.softmax(logits, -1), group) @ v.to(call.dtype)).to(q.dtype)
     return tile, logits.logsumexp(-1, keepdim=True)
 
@@ -98,7 +98,7 @@ def backward(
             # Contiguous, because each goes into two products, and each product would copy it.
             qt, kt, vt = (x.to(call.dtype).contiguous() for x in call.tiles(group))
             do = call.take_rows(grad_out, group).to(call.dtype).contiguous()
-            p = call.softmax(call.logits(qt, kt, table), -1)
+            p = call.softmax(call.logits(qt, kt, call.mask(table, group)), -1)
             call.add(call.drop(p, group).mT @ do, group, grad_v)
             dp = call.drop(do @ vt.mT, group)
             ds = dp.sub_((p * dp).sum(-1, keepdim=True))
@@ -134,18 +134,20 @@ class Call:
         tile: tuple[int, ...] | None = None,
     ):
         query, key, value = unpack(qkv)
+        qkv, key_mask = split_mask(qkv)
         self.geometry, self.scale, self.dropout_p, self.seed = geometry, scale, dropout_p, seed
         self.batch, self.heads, self.kv_heads = query.shape[0], query.shape[-2], key.shape[-2]
         self.dtype = torch.promote_types(query.dtype, torch.float32)
         self.rpb = rpb
         # Looking for rows that see nothing costs as much as the softmax. On a GPU, asking would cost more than looking.
         hides = rpb is not None and (rpb.device.type != "cpu" or bool(rpb.isneginf().any()))
-        self.softmax = torch._safe_softmax if hides else torch.softmax
+        self.softmax = torch._safe_softmax if hides or key_mask is not None else torch.softmax
         tile = tile or choose_tile(geometry, self.batch, self.heads, query.dtype, query.device.type)
         self.cut = cut_of(geometry, tile, query.device, self.batch, self.heads)
         self.is_whole = self.cut.is_whole
         # Gathered from where they are: a part of a packed tensor is strided, and torch would copy it whole first.
         self.is_packed = len(qkv) == 1 and not self.is_whole
+        self.key_mask = None if key_mask is None else key_mask.reshape(-1)
         packed = self.tokens(qkv[0]) if self.is_packed else None
         self.q, self.k, self.v = (self.tokens(x) if packed is None else packed for x in (query, key, value))
 
@@ -192,7 +194,15 @@ class Call:
         bias.fill_table(table.flatten(1), self.rpb, tiles.pair_indices(), self.geometry.num_offsets)
         return table
 
-    def mask(self, table: Tensor) -> Tensor:
+    def mask(self, table: Tensor, group: Group) -> Tensor:
+        """What to add to a group's logits, `[1 or batch * tiles, key heads or 1, group * rows, columns]`."""
+        table = self.fold(table)
+        if self.key_mask is None:
+            return table
+        shown = self.key_mask if self.is_whole else self.key_mask.index_select(0, group.columns)
+        return table.where(shown.view(-1, 1, 1, len(group.tiles.columns)), -torch.inf)
+
+    def fold(self, table: Tensor) -> Tensor:
         """A table as tiles take it, `[1, key heads or 1, group * rows, columns]`: SDPA's fast path wants 4-D."""
         shared = self.heads // self.kv_heads
         if shared > 1:
@@ -200,9 +210,9 @@ class Call:
             table = table.repeat(1, shared, 1) if one else table.reshape(self.kv_heads, -1, table.shape[-1])
         return table.unsqueeze(0)
 
-    def logits(self, q: Tensor, k: Tensor, table: Tensor) -> Tensor:
+    def logits(self, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
         """Logits of gathered tiles, in the wide dtype."""
-        return (q.to(self.dtype) @ k.to(self.dtype).mT).mul_(self.scale).add_(self.mask(table))
+        return (q.to(self.dtype) @ k.to(self.dtype).mT).mul_(self.scale).add_(mask)
 
     def drop(self, x: Tensor, group: Group) -> Tensor:
         """Applies dropout to probabilities, or to their gradient."""

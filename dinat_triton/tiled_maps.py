@@ -40,11 +40,11 @@ def backward(
     grads: list[Tensor],
 ) -> Tensor | None:
     """Writes every map's gradients into its part of `grads`, and returns that of `rpb`: the sum over the maps."""
-    count = len(qkv)
+    count, end = len(qkv), len(qkv) + len(grads)
     given = [*qkv, *grads, grad_out] if grad_lse is None else [*qkv, *grads, grad_out, grad_lse]
     grads_rpb: list[Tensor] = []
     for geometry, own, own_seed in batch.problems(given, seed):
-        own_qkv, own_grads, (own_out, *rest) = own[:count], own[count : 2 * count], own[2 * count :]
+        own_qkv, own_grads, (own_out, *rest) = own[:count], own[count:end], own[end:]
         own_lse = rest[0] if rest else None
         grad_rpb = tiled.backward(
             own_qkv, rpb, own_seed, out, lse, own_out, own_lse, geometry, scale, dropout_p, own_grads

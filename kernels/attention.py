@@ -19,7 +19,7 @@ from dinat_triton.kernels.prepare import (
     prepare_backward,
     prepare_forward,
 )
-from dinat_triton.packing import unpack
+from dinat_triton.packing import split_mask, unpack
 
 
 def forward(
@@ -34,13 +34,14 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Attends; query, key and value are `[batch, *shape, heads, dim]`. The backward always needs the log-sum-exp."""
     (query, key, value), places = _even(unpack(qkv))
-    launch = prepare_forward(geometry, places, *_kind(query, rpb), seed is not None, preset)
+    key_mask = _mask_bytes(qkv)
+    launch = prepare_forward(geometry, places, *_kind(query, rpb), seed is not None, key_mask is not None, preset)
     rows = query.shape[:-1]
     out = query.new_empty((*rows, value.shape[-1]))
     lse = torch.empty(rows, dtype=torch.float32, device=query.device)
     with _on(query.device):
         bias = _bias(rpb, launch, scale, query)
-        launch(query, key, value, out, lse, bias, seed, numbers=(scale, *_keep(dropout_p)))
+        launch(query, key, value, out, lse, bias, seed, key_mask, numbers=(scale, *_keep(dropout_p)))
     return out, lse
 
 
@@ -62,7 +63,8 @@ def backward(
     grad_q, grad_k, grad_v = outputs = unpack(grads)
     (query, key, value, grad_out), places = _even([*unpack(qkv), grad_out])
     places += _places(outputs)
-    given = (grad_lse is not None, seed is not None, preset)
+    key_mask = _mask_bytes(qkv)
+    given = (grad_lse is not None, seed is not None, key_mask is not None, preset)
     launches = prepare_backward(geometry, places, *_kind(query, rpb), *given)
     numbers = (scale, *_keep(dropout_p))
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
@@ -73,14 +75,20 @@ def backward(
         tensors: tuple[Tensor | None, ...]
         for launch in launches.closed:
             tensors = (query, key, value, lse, grad_out, grad_lse, grad_q, grad_k, grad_v, partials)
-            launch(*tensors, _bias(rpb, launch, scale, query), seed, numbers=numbers)
+            launch(*tensors, _bias(rpb, launch, scale, query), seed, key_mask, numbers=numbers)
         for launch in launches.queries:
             tensors = (query, key, value, out, lse, grad_out, grad_lse, stats, grad_q, partials)
-            launch(*tensors, _bias(rpb, launch, scale, query), seed, numbers=numbers)
+            launch(*tensors, _bias(rpb, launch, scale, query), seed, key_mask, numbers=numbers)
         for launch in launches.keys:
             tensors = (query, key, value, grad_out, stats, grad_k, grad_v)
-            launch(*tensors, _bias(rpb, launch, scale, query), seed, numbers=numbers)
+            launch(*tensors, _bias(rpb, launch, scale, query), seed, key_mask, numbers=numbers)
         return _fold(rpb, partials, launches)
+
+
+def _mask_bytes(qkv: list[Tensor]) -> Tensor | None:
+    """The key mask as the kernels read it, if there is one."""
+    key_mask = split_mask(qkv)[1]
+    return None if key_mask is None else key_mask.contiguous().view(torch.uint8)
 
 
 def _bias(rpb: Tensor | None, launch: Launch, scale: float, query: Tensor) -> Tensor | None:

@@ -19,6 +19,7 @@ from dinat_triton.kernels.primitives import (
     dot,
     drop,
     find_head,
+    hide_keys,
     load_lse2,
     load_pair,
     load_row,
@@ -31,6 +32,7 @@ from dinat_triton.kernels.primitives import (
     read_rows,
     read_run,
     sees,
+    shown_tokens,
     store_pair,
     store_tile,
 )
@@ -38,7 +40,7 @@ from dinat_triton.kernels.primitives import (
 
 @triton.jit(do_not_specialize=RUNTIME)
 def closed_backward_kernel(
-    q, k, v, lse, grad_out, grad_lse, grad_q, grad_k, grad_v, grad_pairs, rpb, seed, layout, guards, strides,
+    q, k, v, lse, grad_out, grad_lse, grad_q, grad_k, grad_v, grad_pairs, rpb, seed, key_mask, layout, guards, strides,
     batch, batch_step, tokens, heads, bias_head, scale, keep_from: tl.uint32, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -65,11 +67,13 @@ def closed_backward_kernel(
             i = tl.cast(item, tl.int64)
             row_at = i * tokens * heads + head
             q_tile = load_tile(find_head(q, q_strides, i, head), row_tok, D)  # [R, D]
-            k_tile = load_tile(find_head(k, k_strides, i, head), col_tok, D)  # [C, D]
-            v_tile = load_tile(find_head(v, v_strides, i, head), col_tok, DV)  # [C, DV]
+            key_tok = shown_tokens(key_mask, i, tokens, col_tok)
+            k_tile = load_tile(find_head(k, k_strides, i, head), key_tok, D)  # [C, D]
+            v_tile = load_tile(find_head(v, v_strides, i, head), key_tok, DV)  # [C, DV]
             do_tile = load_tile(find_head(grad_out, do_strides, i, head), row_tok, DV)  # [R, DV]
 
             s = dot(q_tile, tl.trans(k_tile), bias, PRECISION)  # [R, C]
+            s = hide_keys(s, key_mask, key_tok[None, :])
             p = tl.exp2(s * to_log2 - load_lse2(lse + row_at, row_tok, heads)[:, None])
             draw_row, draw_col = row_tok[:, None], col_tok[None, :]
             batch_head = item * heads + head
@@ -98,7 +102,8 @@ def closed_backward_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def query_backward_kernel(
-    q, k, v, out, lse, grad_out, grad_lse, stats, grad_q, grad_pairs, bias_source, seed, layout, guards, strides,
+    q, k, v, out, lse, grad_out, grad_lse, stats, grad_q, grad_pairs, bias_source, seed, key_mask,
+    layout, guards, strides,
     batch, batch_step, tokens, heads, group, bias_head, max_chunks, scale, keep_from: tl.uint32, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, ALL_CHUNKS: tl.constexpr,
     GRAD_QUERY: tl.constexpr, GRAD_BIAS: tl.constexpr, PRECISION: tl.constexpr,
@@ -154,14 +159,16 @@ def query_backward_kernel(
                 if ALL_CHUNKS:
                     col_off, _col_code, col_place = read_columns(columns, tile_class, chunk, max_chunks, CHUNK)
                     col_tok = col_base + col_off
-                k_tile = load_tile(k_place, col_tok, D)  # [C, D]
+                key_tok = shown_tokens(key_mask, i, tokens, col_tok)
+                k_tile = load_tile(k_place, key_tok, D)  # [C, D]
                 if ALL_CHUNKS:
                     seen = sees(row_first[:, None], row_last[:, None], col_place[None, :], guards)
                     chunk_at = class_at + chunk * (ROWS * CHUNK)
                     s = chunk_logits(q_tile, k_tile, bias_source, chunk_at, seen, PRECISION)
                 else:
                     s = dot(q_tile, tl.trans(k_tile), bias, PRECISION)  # [R, C]
-                v_tile = load_tile(v_place, col_tok, DV)  # [C, DV]
+                s = hide_keys(s, key_mask, key_tok[None, :])
+                v_tile = load_tile(v_place, key_tok, DV)  # [C, DV]
                 p = tl.exp2(s * to_log2 - row_lse2[:, None])
                 dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)  # [R, C]
                 dp = drop(dp, dropout, row_tok[:, None], col_tok[None, :], item * heads + head)
@@ -184,7 +191,7 @@ def query_backward_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def key_backward_kernel(
-    q, k, v, grad_out, stats, grad_k, grad_v, table, seed, layout, guards, strides,
+    q, k, v, grad_out, stats, grad_k, grad_v, table, seed, key_mask, layout, guards, strides,
     batch, batch_step, tokens, heads, group, bias_head, max_chunks, scale, keep_from: tl.uint32, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -205,8 +212,9 @@ def key_backward_kernel(
         row_tok = row_base + row_off
         for item in tl.range(first_item, end_item, disable_licm=True):
             i = tl.cast(item, tl.int64)
-            k_tile = load_tile(find_head(k, k_strides, i, kv_head), row_tok, D)  # [R, D]
-            v_tile = load_tile(find_head(v, v_strides, i, kv_head), row_tok, DV)  # [R, DV]
+            key_tok = shown_tokens(key_mask, i, tokens, row_tok)
+            k_tile = load_tile(find_head(k, k_strides, i, kv_head), key_tok, D)  # [R, D]
+            v_tile = load_tile(find_head(v, v_strides, i, kv_head), key_tok, DV)  # [R, DV]
             dk_tile = tl.zeros((ROWS, padded(D)), tl.float32)
             dv_tile = tl.zeros((ROWS, padded(DV)), tl.float32)
             for head in range(kv_head * group, kv_head * group + group):
@@ -221,6 +229,7 @@ def key_backward_kernel(
                     col_lse2, delta = load_pair(stats + 2 * col_at, col_tok, 2 * heads)
                     seen = sees(row_first[:, None], row_last[:, None], col_place[None, :], guards)
                     s = chunk_logits(k_tile, q_tile, table, class_at + chunk * (ROWS * CHUNK), seen, PRECISION)
+                    s = hide_keys(s, key_mask, key_tok[:, None])
                     p = tl.exp2(s * to_log2 - col_lse2[None, :])
                     draw_row, draw_col = row_tok[:, None], col_tok[None, :]
                     batch_head = item * heads + head

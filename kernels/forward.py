@@ -12,6 +12,7 @@ from dinat_triton.kernels.primitives import (
     dot,
     drop,
     find_head,
+    hide_keys,
     load_tile,
     padded,
     pair_bias,
@@ -21,6 +22,7 @@ from dinat_triton.kernels.primitives import (
     read_rows,
     read_run,
     sees,
+    shown_tokens,
     store_row,
     store_tile,
 )
@@ -47,7 +49,7 @@ def attend(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def forward_kernel(
-    q, k, v, out, lse, bias_source, seed, layout, guards, strides,
+    q, k, v, out, lse, bias_source, seed, key_mask, layout, guards, strides,
     batch, batch_step, tokens, heads, group, bias_head, max_chunks, scale, keep_from: tl.uint32, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -88,10 +90,12 @@ def forward_kernel(
             total = tl.zeros((ROWS,), tl.float32)
             acc = tl.zeros((ROWS, padded(DV)), tl.float32)
             if ONE_CHUNK:
-                k_tile = load_tile(k_place, col_tok, D)  # [C, D]
+                key_tok = shown_tokens(key_mask, i, tokens, col_tok)
+                k_tile = load_tile(k_place, key_tok, D)  # [C, D]
                 # The bias is the accumulator: adding it after the product would compute exponentials in two layouts.
                 s = dot(q_tile, tl.trans(k_tile), bias, PRECISION)  # [R, C]
-                v_tile = load_tile(v_place, col_tok, DV)  # [C, DV]
+                s = hide_keys(s, key_mask, key_tok[None, :])
+                v_tile = load_tile(v_place, key_tok, DV)  # [C, DV]
                 m, total, acc = attend(
                     s, v_tile, (m, total, acc), to_log2, dropout, row_tok, col_tok, batch_head, False, PRECISION
                 )
@@ -99,16 +103,18 @@ def forward_kernel(
                 for chunk in range(chunks):
                     col_off, _col_code, col_place = read_columns(columns, tile_class, chunk, max_chunks, CHUNK)
                     col_tok = col_base + col_off
-                    k_tile = load_tile(k_place, col_tok, D)  # [C, D]
+                    key_tok = shown_tokens(key_mask, i, tokens, col_tok)
+                    k_tile = load_tile(k_place, key_tok, D)  # [C, D]
                     seen = sees(row_first[:, None], row_last[:, None], col_place[None, :], guards)
                     chunk_at = class_at + chunk * (ROWS * CHUNK)
                     s = chunk_logits(q_tile, k_tile, bias_source, chunk_at, seen, PRECISION)
-                    v_tile = load_tile(v_place, col_tok, DV)  # [C, DV]
+                    s = hide_keys(s, key_mask, key_tok[None, :])
+                    v_tile = load_tile(v_place, key_tok, DV)  # [C, DV]
                     m, total, acc = attend(
                         s, v_tile, (m, total, acc), to_log2, dropout, row_tok, col_tok, batch_head, True, PRECISION
                     )
             row_at = i * tokens * heads + head  # out and lse are contiguous, heads after tokens
-            # Zero where the bias is -inf everywhere and a row sees nothing.
+            # Zero where bias or mask hide everything and a row sees nothing.
             divisor = tl.maximum(total, 1e-30, propagate_nan=tl.PropagateNan.ALL)
             store_tile((out + row_at * DV, heads * DV), row_tok, acc * (1 / divisor)[:, None], DV)
             store_row(lse + row_at, row_tok, heads, m * scale + tl.log2(total) * LN2)

@@ -103,7 +103,7 @@ class Backward:
 @lru_cache(maxsize=MOST_LAUNCHES)
 def prepare_forward(
     geometry: Geometry, places: tuple[Place, ...], dtype: torch.dtype, device: torch.device, tf32: bool,
-    rpb_dtype: torch.dtype | None, dropout: bool, preset: Preset | None = None,
+    rpb_dtype: torch.dtype | None, dropout: bool, masked: bool, preset: Preset | None = None,
 ) -> Launch:  # fmt: skip
     """The forward's launch. `places` are those of query, key and value."""
     problem = _problem(geometry, places, dtype, device, rpb_dtype is not None, tf32, preset)
@@ -115,7 +115,8 @@ def prepare_forward(
 @lru_cache(maxsize=MOST_LAUNCHES)
 def prepare_backward(
     geometry: Geometry, places: tuple[Place, ...], dtype: torch.dtype, device: torch.device, tf32: bool,
-    rpb_dtype: torch.dtype | None, has_grad_lse: bool, dropout: bool, preset: Preset | None = None,
+    rpb_dtype: torch.dtype | None, has_grad_lse: bool, dropout: bool, masked: bool,
+    preset: Preset | None = None,
 ) -> Backward:  # fmt: skip
     """The backward's launches. `places` are those of query, key and value, of the output's gradient, and of theirs."""
     problem = _problem(geometry, places, dtype, device, rpb_dtype is not None, tf32, preset)

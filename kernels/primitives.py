@@ -10,6 +10,7 @@ Arguments of all kernels:
     guards: Guard bits of the words that tell who sees whom.
     bias_head: Distance from one head's bias to the next.
     seed, keep_from, keep_scale: Dropout, if there is a seed.
+    key_mask: `[batch, tokens]`, 0 where a key is hidden from all queries.
     D, DV: Channels of queries and keys, and of values.
 A kernel is compiled anew, without what would read it, where an optional tensor is None. Numbers stand alone unless each
 of their values may be worth a kernel of its own: Triton specializes on all numbers in a tuple.
@@ -96,6 +97,23 @@ def store_pair(at, tok, stride, first, second):
     """Writes two neighboring numbers per token of one head."""
     at = at + tok[:, None] * stride + tl.arange(0, 2)[None, :]
     tl.store(at, tl.join(first, second), mask=tok[:, None] >= 0)
+
+
+@triton.jit
+def shown_tokens(key_mask, item, tokens, tok):
+    """Keys, with empty slots where the mask of a batch item hides them, so that nothing of theirs is read."""
+    if key_mask is not None:
+        shown = tl.load(key_mask + item * tokens + tok, mask=tok >= 0, other=0)
+        tok = tl.where(shown != 0, tok, -1)
+    return tok
+
+
+@triton.jit
+def hide_keys(s, key_mask, key_tok):
+    """Logits, -inf for keys that the mask hides; their tokens, from `shown_tokens`, broadcast to the logits."""
+    if key_mask is not None:
+        s = tl.where(key_tok >= 0, s, float("-inf"))
+    return s
 
 
 @triton.jit

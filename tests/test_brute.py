@@ -20,6 +20,14 @@ def test_backends_match_brute_force(chunk: int) -> None:
         check(case, torch.float64, 1e-12, "reference", "tiled", truth="brute")
 
 
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_key_masks_match_brute_force(count: int) -> None:
+    rng = random.Random(count)
+    for sample in sampling.samples(count, seed=count, max_tokens=48):
+        case = make_case(sample, rng, scale=rng.choice([None, 0.7]), masked=True)
+        check(case, torch.float64, 1e-12, "reference", "tiled", truth="brute")
+
+
 @pytest.mark.skipif(natten.available() is not None, reason=str(natten.available()))
 @pytest.mark.parametrize("chunk", range(2))
 def test_brute_force_matches_natten(chunk: int) -> None:

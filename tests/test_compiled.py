@@ -55,6 +55,12 @@ def test_layers(gpu: GPU, sample: Sample) -> None:
         assert TARGETS[gpu.target.name] in {i.operation for each in gpu.launched for i in each.code}
 
 
+@pytest.mark.parametrize("sample", [CLOSED, SLIDING], ids=str)
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_90"], indirect=True)
+def test_key_masks(gpu: GPU, sample: Sample) -> None:
+    check(make_case(sample, random.Random(1), heads=2, dims=(16, 16), batch=2, biased=True, masked=True))
+
+
 @pytest.mark.parametrize("dims", [(64, 64), (24, 40), (128, 16)])
 def test_head_dims(gpu: GPU, dims: tuple[int, int]) -> None:
     check_narrow(make_case(SLIDING, random.Random(2), heads=2, dims=dims), torch.bfloat16)

@@ -58,6 +58,12 @@ def test_queries_that_see_nothing(sample: sampling.Sample, poisoned: None) -> No
         torch.testing.assert_close(value.double(), exact[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("sample", [CLOSED, MANY_CHUNKS, PARTIAL], ids=str)
+def test_key_masks(sample: sampling.Sample, poisoned: None) -> None:
+    for biased in (True, False):
+        check(make_case(sample, random.Random(0), batch=2, biased=biased, dropout_p=0.2 * biased, masked=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_low_precision_is_no_worse_than_twice_eager(dtype: torch.dtype, dilation: int) -> None:

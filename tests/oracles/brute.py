@@ -88,6 +88,7 @@ def attention(
     border: Sequence[str],
     rpb: Tensor | None = None,
     scale: float | None = None,
+    key_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, *spatial, H, Dv]` and logsumexp `[B, *spatial, H]` in fp64, differentiable in every tensor."""
     shape, (heads, dim) = query.shape[1:-2], query.shape[-2:]
@@ -98,6 +99,9 @@ def attention(
     logits = (dim**-0.5 if scale is None else scale) * torch.einsum("bqhd,bqkhd->bhqk", query, key)
     if rpb is not None:
         logits = logits + rpb.double().flatten(1)[:, places]
-    logits = logits.masked_fill(keys < 0, -torch.inf)
-    out = torch.einsum("bhqk,bqkhd->bqhd", logits.softmax(-1), value)
-    return out.unflatten(1, shape), logits.logsumexp(-1).movedim(1, -1).unflatten(1, shape)
+    seen = keys >= 0 if key_mask is None else (keys >= 0) & key_mask.flatten(1)[:, keys]
+    logits = logits.masked_fill(~seen.view(-1, 1, *keys.shape), -torch.inf)
+    lse = logits.logsumexp(-1)
+    weights = (logits - lse.masked_fill(lse.isneginf(), 0)[..., None]).exp()
+    out = torch.einsum("bhqk,bqkhd->bqhd", weights, value)
+    return out.unflatten(1, shape), lse.movedim(1, -1).unflatten(1, shape)

@@ -23,15 +23,21 @@ class Case:
     grad_lse: Tensor
     scale: float | None = None
     dropout_p: float = 0.0
+    key_mask: Tensor | None = None
 
     def run(self, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """Outputs and gradients; the bias is never narrower than float32, as a parameter under autocast would be.
 
-        `backend` is one of ours, or "brute" for loops over the definition.
+        `backend` is one of ours, which get NaNs in hidden keys and values, or "brute" for loops over the definition.
         """
         wide = torch.promote_types(dtype, torch.float32)
         leaves = [x.to(dtype if i < 3 else wide).detach().requires_grad_() for i, x in enumerate(self.leaves)]
         options = self.sample.kwargs() | {"scale": self.scale, "rpb": leaves[3] if len(leaves) == 4 else None}
+        if self.key_mask is not None:
+            options["key_mask"] = self.key_mask
+            hidden = torch.nan if backend != "brute" else 0
+            for x in leaves[1:3]:
+                x.data.masked_fill_(~self.key_mask[..., None, None], hidden)
         if backend == "brute":
             out, lse = brute.attention(*leaves[:3], **options)
         else:
@@ -57,6 +63,8 @@ def make_case(sample: Sample, rng: random.Random, device: str = "cpu", **options
     leaves = [normal(*lead, heads, dim), normal(*lead, kv_heads, dim), normal(*lead, kv_heads, value_dim)]
     if options.pop("biased", rng.random() < 0.85):
         leaves.append(normal(heads, *(2 * k - 1 for k in sample.kernel_size)))
+    if options.pop("masked", False):
+        options["key_mask"] = torch.rand(lead, device=device) < rng.choice([0.2, 0.6, 0.9])
     return Case(sample, leaves, normal(*lead, heads, value_dim), normal(*lead, heads), **options)
 
 
@@ -78,7 +86,10 @@ def check(
     exact = case.run(truth, torch.float64)
     for backend in backends or ("triton",):
         for name, value in case.run(backend, dtype).items():
-            error = (value.double() - exact[name]).norm() / exact[name].norm().clamp(min=1e-3)
+            empty = exact[name].isneginf()  # log-sum-exps of who sees nothing
+            assert torch.equal(value.isneginf(), empty), f"{name} of {backend} on {case.sample}"
+            found, expected = value.double().masked_fill(empty, 0), exact[name].masked_fill(empty, 0)
+            error = (found - expected).norm() / expected.norm().clamp(min=1e-3)
             assert error < tolerance, f"{name} of {backend} is off by {error:.1e} on {case.sample}"
 
 
