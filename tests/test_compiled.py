@@ -28,7 +28,7 @@ CLOSED = Sample((14, 14), (7, 7), (2, 2), (1, 1), (False, False))
 SLIDING = Sample((9, 10), (5, 5), (1, 1), (1, 1), (False, False))
 RAGGED = Sample((15, 17), (3, 3), (2, 3), (1, 1), (False, False))
 CAUSAL = Sample((150,), (9,), (1,), (1,), (True,))
-WIDE = Sample((13, 13), (11, 11), (1, 1), (1, 1), (False, False))
+WIDE = Sample((13, 13), (11, 11), (1, 1), (1, 1), (False, False), ("wrap", "clip"))
 
 
 @pytest.fixture(scope="session")
