@@ -10,9 +10,8 @@ import torch
 import triton
 
 from dinat_triton import cli
-from dinat_triton.kernels.configs import PASSES, Config, choose_config
+from dinat_triton.kernels.configs import PASSES, Config
 from dinat_triton.layers import Layer, layers_of
-from dinat_triton.offline.estimate import record
 from dinat_triton.offline.inspect import KernelVariant, Report, complaints, inspect, variants_of
 from dinat_triton.offline.targets import TARGETS
 
@@ -102,16 +101,3 @@ def test_a_config_that_spills_is_reported() -> None:
 def test_each_thing_that_can_go_wrong_is_named(changed: dict, complaint: str, forward_report: Report) -> None:
     assert complaints(replace(forward_report, spills=16), TARGETS["sm_90"]) == []
     assert complaints(replace(forward_report, **changed), TARGETS["sm_90"]) == [complaint]
-
-
-def test_variants_are_those_of_the_backends_launches() -> None:
-    variants, steps = record(SLIDING, TARGETS["sm_90"], torch.bfloat16)
-    names = [variant.name for variant in variants]
-    assert names[:2] == ["table", "forward"]
-    assert {"query_backward", "sum_programs", "fold_bias", "key_backward"} <= set(names)
-    assert [step.name for step in steps] == [name for name in names if name in PASSES]
-    config, forward = choose_config("forward", 32, 16, "sm_90"), steps[0].variant
-    assert forward.parts["signature"]["bias_source"] == "*fp32"
-    assert forward.constants["ROWS"] <= config.rows
-    assert forward.options["num_stages"] == config.stages
-    assert triton.knobs.runtime.jit_cache_hook is None  # nothing stays changed

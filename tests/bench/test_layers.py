@@ -59,14 +59,6 @@ def test_peers_have_our_gradients(name: str) -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_swin_has_our_bias() -> None:
-    """On a map of one window, dilation 1, both are the same function."""
-    one = Layer("tiny@x/7x7-d1", (7, 7), 2, (1, 1), dim=8, batch=3)
-    inputs = Inputs.of(one)
-    found, expected = PEERS["swin"].prepare(one, inputs), layers.prepare_ours(one, inputs, "tiled")
-    torch.testing.assert_close(found.call(), expected.call())
-
-
 def planted(call) -> Peer:
     return Peer("planted", lambda layer, inputs: Attention(lambda: call(inputs), inputs.leaves))
 

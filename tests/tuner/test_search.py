@@ -3,7 +3,6 @@
 import random
 
 from dinat_triton.layers import Layer
-from dinat_triton.tuner import search
 from dinat_triton.tuner.search import Budget, Race, Rejection, race
 
 FOREVER = 1e6
@@ -69,13 +68,3 @@ def test_a_race_ends_with_its_budget() -> None:
     assert finished.winner("default") == "default"  # two times are no proof
     assert finished.winner("default", rounds=2) == "fast"
     assert race(["default"], score, budget).seconds == {"default": []}
-
-
-def test_over_all_layers_the_weighted_sum_counts() -> None:
-    races = {
-        layer(7, count=10): Race({"default": [1.0], "a": [0.9], "b": [2.0], "only here": [0.1]}),
-        layer(14): Race({"default": [1.0], "a": [1.5], "b": [0.1], "rejected": [], "only here": []}),
-    }
-    together = search.combined(races)
-    assert together.seconds == {"default": [11.0], "a": [10.5], "b": [20.1]}
-    assert together.winner("default", 1) == "a"
