@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import dinat_triton as dt
 from tests.oracles.cases import NA, Case, make_case
-from tests.oracles.sampling import Sample, samples
+from tests.oracles.sampling import BORDERS, Sample, samples
 
 Attend = Callable[..., Tensor]
 
@@ -87,7 +87,7 @@ def test_what_only_the_reference_can_do_is_said(second: Callable) -> None:
         second(lambda x: dt.na2d(x, x, x, 3, backend="tiled").sin().sum(), torch.randn(1, 4, 4, 1, 2))
 
 
-@pytest.mark.parametrize("sample", samples(12, seed=5, max_tokens=200), ids=str)
+@pytest.mark.parametrize("sample", samples(12, seed=5, max_tokens=200, borders=BORDERS), ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_forward_mode_agrees_with_the_reference(sample: Sample, dropout_p: float) -> None:
     case = make_case(sample, random.Random(0), dropout_p=dropout_p)
