@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from triton.runtime import JITFunction
 
 from dinat_triton.geometry import Geometry
@@ -24,6 +25,7 @@ from dinat_triton.kernels.backward import (
 )
 from dinat_triton.kernels.configs import Preset, padded
 from dinat_triton.kernels.forward import forward_kernel
+from dinat_triton.kernels.kept import Kept
 from dinat_triton.kernels.primitives import table_kernel
 from dinat_triton.kernels.schedule import (
     FUSION,
@@ -40,8 +42,8 @@ ALIGNMENT = 16
 # The largest number that addresses of tokens within a batch item can have in 32 bits.
 MOST_NARROW = 2**31 - 1
 
-# Forwards, and backwards, that are kept: about twenty image sizes of a backbone, with up to 100 kB each on the device.
-MOST_LAUNCHES = 256
+# Forwards, and backwards, that are kept: about ten image sizes of a backbone. Their bytes on the device.
+MOST_LAUNCHES, MOST_BYTES = 128, 32 << 20
 
 # A tensor's shape and strides.
 Place = tuple[torch.Size, tuple[int, ...]]
@@ -100,8 +102,7 @@ class Backward:
     keys: tuple[Launch, ...] = ()
 
 
-@lru_cache(maxsize=MOST_LAUNCHES)
-def prepare_forward(
+def _prepare_forward(
     geometry: Geometry, places: tuple[Place, ...], dtype: torch.dtype, device: torch.device, tf32: bool,
     rpb_dtype: torch.dtype | None, dropout: bool, masked: bool, preset: Preset | None = None,
 ) -> Launch:  # fmt: skip
@@ -112,8 +113,7 @@ def prepare_forward(
     return _launch(forward_kernel, problem, schedule, places, table, ONE_CHUNK=schedule.one_chunk)
 
 
-@lru_cache(maxsize=MOST_LAUNCHES)
-def prepare_backward(
+def _prepare_backward(
     geometry: Geometry, places: tuple[Place, ...], dtype: torch.dtype, device: torch.device, tf32: bool,
     rpb_dtype: torch.dtype | None, has_grad_lse: bool, dropout: bool, masked: bool,
     preset: Preset | None = None,
@@ -134,6 +134,22 @@ def prepare_backward(
     programs, splits = schedule.grid
     folds = _folds(problem, schedule) if has_bias else None
     return Backward((splits, programs, schedule.layout.pairs), folds, **launches)
+
+
+def _bytes_of(*launches: Launch) -> int:
+    """Bytes of the index arrays that launches read, each once."""
+    tables = [launch.table for launch in launches if launch.table is not None]
+    leaves = tree_leaves([launch.arguments for launch in (*launches, *tables)])
+    arrays = [x.untyped_storage() for x in leaves if isinstance(x, Tensor)]
+    return sum({x.data_ptr(): x.nbytes() for x in arrays}.values())
+
+
+def _bytes_of_backward(backward: Backward) -> int:
+    return _bytes_of(*backward.closed, *backward.queries, *backward.keys, *(backward.folds or ()))
+
+
+prepare_forward = Kept(_prepare_forward, _bytes_of, MOST_LAUNCHES, MOST_BYTES)
+prepare_backward = Kept(_prepare_backward, _bytes_of_backward, MOST_LAUNCHES, MOST_BYTES)
 
 
 def _query_launches(
@@ -256,9 +272,3 @@ def find_strides(place: Place) -> tuple[int, int, int] | None:
         return None
     batch, token, head, _ = tokens.stride()
     return batch, token, head
-
-
-def forget() -> None:
-    """Works everything out anew when it is next asked for: the configs or the GPU have changed."""
-    for cache in (prepare_forward, prepare_backward):
-        cache.cache_clear()

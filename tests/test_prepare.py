@@ -12,6 +12,7 @@ from triton.runtime import JITFunction
 
 from dinat_triton.geometry import Geometry
 from dinat_triton.kernels import attention, prepare
+from dinat_triton.kernels.kept import Kept
 from dinat_triton.offline.targets import find_target
 from tests.oracles.gpu import GPU, Launched, flat, pretended
 
@@ -78,7 +79,8 @@ def test_a_launch_gives_its_kernel_what_triton_would(gpu: GPU, geometry: Geometr
 def test_a_launch_that_is_kept_works_on_the_tensors_it_is_given(gpu: GPU, geometry: Geometry) -> None:
     step(geometry)
     ours = step(geometry, 1)
-    prepare.forget()
+    for cache in (prepare.prepare_forward, prepare.prepare_backward):
+        cache.cache_clear()
     torch.testing.assert_close(ours, step(geometry, 1), rtol=0, atol=0)
 
 
@@ -97,6 +99,20 @@ def test_all_dropout_takes_one_variant(gpu: GPU) -> None:
     # Of which Triton could take the first for a constant, the second for aligned, the others for wider.
     for dropout_p in (2**-32, 2**-28, 0.5, 1 - 2**-32):
         assert searched(lambda p=dropout_p: step(CLOSED, dropout_p=p)) == 0
+
+
+def test_results_are_kept_within_their_bounds() -> None:
+    made = []
+    kept = Kept(lambda n: made.append(n) or n, size=lambda n: n, most=3, most_bytes=10)
+    for n in (5, 4, 5, 4, 3, 4, 20, 20, 1, 2, 3, 4, 2):  # 3 pushes 5 out, 20 all, 1 that, and 4 the oldest of four
+        assert kept(n) == n
+    assert made == [5, 4, 3, 20, 1, 2, 3, 4]
+
+
+def test_a_backward_counts_the_arrays_of_all_its_launches(gpu: GPU) -> None:
+    prepare.prepare_backward.cache_clear()
+    step(OPEN)
+    assert prepare.prepare_backward.bytes > 4 * 129  # its arrays hold at least a column for every key of a window
 
 
 def test_tokens_that_lie_unevenly_are_copied() -> None:

@@ -120,14 +120,16 @@ def test_a_large_batch_is_split_and_a_small_one_walks_tiles(monkeypatch: pytest.
     case = make_case(sample, random.Random(5), heads=2, batch=3, biased=True)
     grids = set()
     for programs in (1, 6, 1000):
-        prepare.forget()
+        for cache in (prepare.prepare_forward, prepare.prepare_backward):
+            cache.cache_clear()
         config = configs.Config(programs=programs)
         monkeypatch.setattr(schedule, "choose_config", lambda *_, c=config: c)
         check(case)
         sizes = (dt.Geometry((6, 8), (3,), (2,)), 3, 2, 2, 8, 8)
         problem = schedule.problem_of(*sizes, torch.float32, torch.device("cpu"))
         grids.update(schedule.schedule_of(problem, name).grid for name in ("forward", "closed_backward"))
-    prepare.forget()
+    for cache in (prepare.prepare_forward, prepare.prepare_backward):
+        cache.cache_clear()
     assert len(grids) > 2
 
 
@@ -154,11 +156,13 @@ def test_wide_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     from dinat_triton.kernels import prepare
 
     monkeypatch.setattr(prepare, "MOST_NARROW", 0)
-    prepare.forget()
+    for cache in (prepare.prepare_forward, prepare.prepare_backward):
+        cache.cache_clear()
     for dilation in (1, 2):
         sample = sampling.Sample((6, 7), (3, 3), (dilation, dilation), (1, 1), (False, True))
         check(make_case(sample, random.Random(6), heads=2, batch=2, biased=True, dropout_p=0.2))
-    prepare.forget()
+    for cache in (prepare.prepare_forward, prepare.prepare_backward):
+        cache.cache_clear()
 
 
 def test_an_empty_batch() -> None:

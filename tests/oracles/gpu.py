@@ -92,11 +92,13 @@ def pretended(target: Target, cache: Path) -> Iterator[GPU]:
     ):
         triton.knobs.cache.dir = str(cache)
         driver.set_active(gpu)
-        prepare.forget()
+        for cache in (prepare.prepare_forward, prepare.prepare_backward):
+            cache.cache_clear()
         try:
             yield gpu
         finally:
             driver.set_active(previous)
-            prepare.forget()
+            for cache in (prepare.prepare_forward, prepare.prepare_backward):
+                cache.cache_clear()
             for kernel in kernels:
                 kernel.device_caches.clear()
