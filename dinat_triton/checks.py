@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -53,14 +54,15 @@ def check_rpb(rpb: Tensor, query: Tensor, geometry: Geometry) -> None:
         raise ValueError(f"rpb must be on the device of query, {query.device}, got {rpb.device}")
 
 
-def check_key_mask(key_mask: Tensor, query: Tensor) -> None:
-    expected = tuple(query.shape[:-2])
-    if key_mask.dtype != torch.bool:
-        raise TypeError(f"key_mask must be a bool tensor, True where the key may be seen, got {key_mask.dtype}")
-    if tuple(key_mask.shape) != expected:
-        raise ValueError(f"key_mask must have the batch and map of query, {expected}, got {tuple(key_mask.shape)}")
-    if key_mask.device != query.device:
-        raise ValueError(f"key_mask must be on the device of query, {query.device}, got {key_mask.device}")
+def check_key_mask(key_mask: Tensor, lead: Sequence[int], device: torch.device) -> None:
+    """Checks a mask of the keys of a batch of maps, `[batch, *map]`."""
+    if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
+        got = key_mask.dtype if isinstance(key_mask, Tensor) else type(key_mask).__name__
+        raise TypeError(f"key_mask must be a bool tensor, True where the key may be seen, got {got}")
+    if tuple(key_mask.shape) != tuple(lead):
+        raise ValueError(f"key_mask must have the batch and map of query, {tuple(lead)}, got {tuple(key_mask.shape)}")
+    if key_mask.device != device:
+        raise ValueError(f"key_mask must be on the device of query, {device}, got {key_mask.device}")
 
 
 def check_scale(scale: float | None) -> None:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from dinat_triton import functional
+from dinat_triton.checks import check_key_mask
 from dinat_triton.functional import Bools, Borders, Ints, window_of
 from dinat_triton.geometry import SHIFT, borders_of, geometry_of, split_window
 from dinat_triton.padding import crop_like, pad_to_span
@@ -25,10 +26,12 @@ def split_heads(qkv: Tensor, sizes: list[int]) -> Tensor:
 
 
 @torch.fx.wrap
-def pad_mask(key_mask: Tensor | None, span: list[int]) -> Tensor | None:
+def pad_mask(key_mask: Tensor | None, x: Tensor, span: list[int]) -> Tensor | None:
     """A key mask padded with its map; the zeros that are added to a map may be seen, with a mask as without."""
     if key_mask is None:
         return None
+    if not torch.jit.is_scripting():
+        check_key_mask(key_mask, x.shape[:-1], x.device)
     return pad_to_span((~key_mask).unsqueeze(-1).float(), span, 1).squeeze(-1) == 0
 
 
@@ -122,7 +125,7 @@ class _NeighborhoodAttention(nn.Module):
         padded = pad_to_span(x, self.span, self.embed_dim)
         qkv = split_heads(self.qkv(padded), self.qkv_sizes)
         dropout_p = self.attn_drop.p if self.attn_drop.training else 0.0
-        out = attend(qkv, self.window, self.rpb, self.scale, dropout_p, pad_mask(key_mask, self.span))
+        out = attend(qkv, self.window, self.rpb, self.scale, dropout_p, pad_mask(key_mask, x, self.span))
         return self.proj_drop(self.proj(crop_like(out.flatten(-2), x)))
 
     def extra_repr(self) -> str:

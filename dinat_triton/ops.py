@@ -113,7 +113,7 @@ def na(
     if rpb is not None:
         check_rpb(rpb, query, geometry)
     if key_mask is not None:
-        check_key_mask(key_mask, query)
+        check_key_mask(key_mask, query.shape[:-2], query.device)
     if type(query) is not Tensor and torch.onnx.is_in_onnx_export():
         return opened(qkv, window, rpb, scale, dropout_p, sizes=sizes, key_mask=key_mask)
     if sizes is not None and backend in (None, "triton"):

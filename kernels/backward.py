@@ -19,7 +19,7 @@ from dinat_triton.kernels.primitives import (
     dot,
     drop,
     find_head,
-    hide_keys,
+    hide_logits,
     load_lse2,
     load_pair,
     load_row,
@@ -73,7 +73,7 @@ def closed_backward_kernel(
             do_tile = load_tile(find_head(grad_out, do_strides, i, head), row_tok, DV)  # [R, DV]
 
             s = dot(q_tile, tl.trans(k_tile), bias, PRECISION)  # [R, C]
-            s = hide_keys(s, key_mask, key_tok[None, :])
+            s = hide_logits(s, key_mask, key_tok[None, :])
             p = tl.exp2(s * to_log2 - load_lse2(lse + row_at, row_tok, heads)[:, None])
             draw_row, draw_col = row_tok[:, None], col_tok[None, :]
             batch_head = item * heads + head
@@ -167,7 +167,7 @@ def query_backward_kernel(
                     s = chunk_logits(q_tile, k_tile, bias_source, chunk_at, seen, PRECISION)
                 else:
                     s = dot(q_tile, tl.trans(k_tile), bias, PRECISION)  # [R, C]
-                s = hide_keys(s, key_mask, key_tok[None, :])
+                s = hide_logits(s, key_mask, key_tok[None, :])
                 v_tile = load_tile(v_place, key_tok, DV)  # [C, DV]
                 p = tl.exp2(s * to_log2 - row_lse2[:, None])
                 dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)  # [R, C]
@@ -229,7 +229,7 @@ def key_backward_kernel(
                     col_lse2, delta = load_pair(stats + 2 * col_at, col_tok, 2 * heads)
                     seen = sees(row_first[:, None], row_last[:, None], col_place[None, :], guards)
                     s = chunk_logits(k_tile, q_tile, table, class_at + chunk * (ROWS * CHUNK), seen, PRECISION)
-                    s = hide_keys(s, key_mask, key_tok[:, None])
+                    s = hide_logits(s, key_mask, key_tok[:, None])
                     p = tl.exp2(s * to_log2 - col_lse2[None, :])
                     draw_row, draw_col = row_tok[:, None], col_tok[None, :]
                     batch_head = item * heads + head

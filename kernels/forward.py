@@ -12,7 +12,7 @@ from dinat_triton.kernels.primitives import (
     dot,
     drop,
     find_head,
-    hide_keys,
+    hide_logits,
     load_tile,
     padded,
     pair_bias,
@@ -94,7 +94,7 @@ def forward_kernel(
                 k_tile = load_tile(k_place, key_tok, D)  # [C, D]
                 # The bias is the accumulator: adding it after the product would compute exponentials in two layouts.
                 s = dot(q_tile, tl.trans(k_tile), bias, PRECISION)  # [R, C]
-                s = hide_keys(s, key_mask, key_tok[None, :])
+                s = hide_logits(s, key_mask, key_tok[None, :])
                 v_tile = load_tile(v_place, key_tok, DV)  # [C, DV]
                 m, total, acc = attend(
                     s, v_tile, (m, total, acc), to_log2, dropout, row_tok, col_tok, batch_head, False, PRECISION
@@ -108,7 +108,7 @@ def forward_kernel(
                     seen = sees(row_first[:, None], row_last[:, None], col_place[None, :], guards)
                     chunk_at = class_at + chunk * (ROWS * CHUNK)
                     s = chunk_logits(q_tile, k_tile, bias_source, chunk_at, seen, PRECISION)
-                    s = hide_keys(s, key_mask, key_tok[None, :])
+                    s = hide_logits(s, key_mask, key_tok[None, :])
                     v_tile = load_tile(v_place, key_tok, DV)  # [C, DV]
                     m, total, acc = attend(
                         s, v_tile, (m, total, acc), to_log2, dropout, row_tok, col_tok, batch_head, True, PRECISION

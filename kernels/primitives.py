@@ -109,7 +109,7 @@ def shown_tokens(key_mask, item, tokens, tok):
 
 
 @triton.jit
-def hide_keys(s, key_mask, key_tok):
+def hide_logits(s, key_mask, key_tok):
     """Logits, -inf for keys that the mask hides; their tokens, from `shown_tokens`, broadcast to the logits."""
     if key_mask is not None:
         s = tl.where(key_tok >= 0, s, float("-inf"))

@@ -56,6 +56,7 @@ BUGS = {
         ("missed mask of a tile", 'seen, other=float("-inf")', "seen, other=0.0"),
         ("end of a row's window", "& (row_last - col_place) & guards", "& guards"),
         ("unscaled bias", ".to(tl.float32) * inv_scale", ".to(tl.float32)"),
+        ("a hidden key is read", "tl.where(shown != 0, tok, -1)", "tl.where(tok >= 0, tok, -1)"),
         ("table order of accumulators", "n // 4 % 4 * 2 + n % 2", "n // 4 % 4 + n % 2 * 4")],
     "kernels/backward.py kernels/test_interpreted": [
         ("dq scale", "dot(ds, k_tile, None, PRECISION) * scale", "dot(ds, k_tile, None, PRECISION)"),

@@ -106,3 +106,5 @@ def test_bad_masks(key_mask: Tensor, error: type[Exception], message: str) -> No
     x = torch.ones(1, 6, 1, 8)
     with pytest.raises(error, match=message):
         dt.na1d(x, x, x, 3, key_mask=key_mask)
+    with pytest.raises(error, match=message):
+        dt.NeighborhoodAttention1D(8, 1, 7)(x[:, :, 0], key_mask)
