@@ -64,9 +64,9 @@ def test_packed_sequences_do_not_see_each_other(is_causal: bool) -> None:
     compiled = torch.compile(natten.attention, fullgraph=True, dynamic=True, backend="aot_eager")
     results = [f(query, key, value, is_causal, **given, return_lse=True) for f in (natten.attention, compiled)]
     assert_same(*results, [query, key, value])
-    longer = torch.cat((query, query[:, :4]), 1)  # than its sequences
+    longer = [torch.cat((x, x[:, :4]), 1) for x in (query, key, value)]  # than their sequences
     for attention in (natten.attention, compiled):
-        out = attention(longer, key, value, is_causal, **given)
+        out = attention(*longer, is_causal, **given)
         torch.testing.assert_close(out, nn.functional.pad(ours[0], (0, 0, 0, 0, 0, 4)))
     with pytest.raises(ValueError, match="must be given together"):
         natten.attention(query, key, value, cumulative_seqlen_Q=sums[0])
