@@ -90,8 +90,7 @@ def halo_share(axis: Axis, own: IntArray) -> Share:
     if axis.stride > 1 and run == axis.dilation:
         start -= start % axis.dilation  # all residue classes of the comb begin at one class index
     comb = _Comb(axis, start, run)
-    first = int(comb.slot(min(reached[0], own[0])))
-    stop = int(comb.slot(np.maximum(last_leader, max(reached[-1], own[-1])).max())) + 1
+    first, stop = int(comb.slot(reached[0])), int(comb.slot(np.maximum(last_leader, reached[-1])).max()) + 1
     first, stop = comb.widened(first, stop)
     positions = comb.position(np.arange(first, stop)) % axis.size
     query = int(comb.slot(own[0])) - first
