@@ -45,6 +45,22 @@ BUGS = {
         ("padding at the wrong end", "[0, missing]", "[missing, 0]"),
         ("cropping at the wrong end", "x.narrow(axis, 0,", "x.narrow(axis, x.shape[axis] - like.shape[axis],")],
     "dinat_triton/ops.py test_dynamic": [("a graph of one size", "if torch.SymInt not in map(type, shape)", "if True")],
+    "dinat_triton/distributed/shares.py test_sharded_maps": [
+        ("stride groups of a share", "(row + self.start // self.axis.dilation) % self.axis.stride", "0"),
+        ("causal leader of a share", "np.maximum(last_leader, reached[-1])", "reached[-1:]")],
+    "dinat_triton/distributed/exchange.py test_sharded_maps": [
+        ("gradients from several ranks", "whole.index_add_(dim", "whole.index_copy_(dim")],
+    "dinat_triton/distributed/costs.py test_sharded_maps": [
+        ("bytes of queries", "total += token.query", "total += 0 * token.query")],
+    "dinat_triton/distributed/dtensors.py test_sharded_maps": [
+        ("bias gradient of one rank", "shared(local, groups)", "shared(local, groups[:0])")],
+    "dinat_triton/distributed/agreement.py test_sharded_maps": [
+        ("an error of one rank", "found or _first_problem(reports)", "found or None")],
+    "dinat_triton/distributed/maps.py test_sharded_models": [
+        ("padding inside a map", "Fetch(move, max(-start, 0)", "Fetch(move, padding")],
+    "dinat_triton/distributed/models.py test_sharded_models": [
+        ("drop path of one rank", "dist.broadcast(kept, group=group, group_src=0)", "pass"),
+        ("parameter gradients of one rank", "sum_gradients(parameters, on.groups)", "pass")],
     "kernels/forward.py kernels/test_interpreted": [
         ("lse sign", "m * scale + tl.log2", "m * scale - tl.log2"),
         ("online sum does not shrink", "total_next += total * shrink", "total_next += total"),
