@@ -27,7 +27,7 @@ BUGS = {
         ("wrong axis", "total * shape[axis] + index", "total * shape[axis - 1] + index")],
     "dinat_triton/geometry.py test_plan": [("border", "self.kernel + self.stride", "self.kernel // 2")],
     "dinat_triton/runs.py test_plan": [("seam of tiles", "- self.column, self.seam,", "- self.column,")],
-    "dinat_triton/tile_groups.py test_borders": [("a circle in order", "for x in vectors)", "for x in vectors[:1])")],
+    "dinat_triton/tile_groups.py test_brute": [("a circle in order", "for x in vectors)", "for x in vectors[:1])")],
     "dinat_triton/reference.py test_brute": [
         ("missed mask", "logits.masked_fill(~seen[..., None], -torch.inf)", "logits"),
         ("GQA head grouping", "b n (h g) d", "b n (g h) d")],

@@ -109,7 +109,7 @@ def test_the_public_surface() -> None:
     classes = {"Geometry", "NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D", "Plan"}
     assert set(dt.__all__) == classes | {"__version__", "merge", "na1d", "na2d", "na3d", "use_backend"}
     window = ["stride", "dilation", "is_causal", "border"]
-    options = [*window, "rpb", "scale", "dropout_p", "return_lse", "backend", "sizes"]
+    options = [*window, "rpb", "scale", "dropout_p", "return_lse", "backend", "sizes", "key_mask"]
     for function in (dt.na1d, dt.na2d, dt.na3d):
         parameters = inspect.signature(function).parameters.values()
         assert [p.name for p in parameters] == ["query", "key", "value", "kernel_size", *options]
