@@ -7,7 +7,7 @@ column or tile is taken apart into its place on each axis, and what the axes hol
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dinat_triton.geometry import IntArray, counted, row_major_strides
+from dinat_triton.kernels.kept import Kept
 from dinat_triton.plan import AxisTiles, Plan
 
 EMPTY = -(2**31)  # the offset of a slot without a token: negative from every base
@@ -69,8 +70,7 @@ class Layout:
         return torch.as_tensor(entry, device=self.rows.device), torch.as_tensor(row, device=self.rows.device)
 
 
-@lru_cache(maxsize=128)
-def layout_of(plan: Plan, tiles_per_run: int, wide: bool, device: torch.device) -> Layout:
+def _lay_out(plan: Plan, tiles_per_run: int, wide: bool, device: torch.device) -> Layout:
     """Lays a plan out.
 
     Args:
@@ -94,6 +94,10 @@ def layout_of(plan: Plan, tiles_per_run: int, wide: bool, device: torch.device) 
         first_run,
     )
     return Layout(plan, max_chunks, guards, *_upload(arrays, np.int64 if wide or end > 31 else np.int32, device))
+
+
+# Passes of one call share layouts, and so do batches of many sizes.
+layout_of = Kept(_lay_out, lambda layout: layout.rows.untyped_storage().nbytes(), most=128, most_bytes=16 << 20)
 
 
 def _rows(plan: Plan, kinds: IntArray, slots: int, shifts: list[int], guards: int) -> IntArray:
