@@ -107,6 +107,7 @@ def _kernel_sweeps(
         names = ("closed_backward",) if has_closed_backward(problem) else ("query_backward", "key_backward")
     for name in names:
         plan = plan_of(problem, name)
+        assert isinstance(plan, Plan)  # of one geometry
         yield plan, PRODUCTS[name]
         if name == "query_backward" and has_bias and plan.largest[1] > plan.chunk:
             yield plan, PRODUCTS["query_backward bias"]

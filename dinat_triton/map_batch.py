@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import accumulate
 from math import prod
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dinat_triton.geometry import Geometry, broadcast_ints, geometry_of, rank_of
+from dinat_triton.geometry import Geometry, broadcast_ints, geometry_of, rank_of, row_major_strides
 
 Size = tuple[int, ...]
 # Batches whose geometries are kept: a new one takes a few microseconds for each of its maps.
@@ -83,9 +84,34 @@ class MapBatch:
     geometries: tuple[Geometry, ...]
     shape: Size | None
 
-    @property
+    @cached_property
     def sizes(self) -> list[Size]:
         return [geometry.shape for geometry in self.geometries]
+
+    @cached_property
+    def largest(self) -> Geometry:
+        """That of the map with the most tokens."""
+        return max(self.geometries, key=lambda geometry: geometry.num_tokens)
+
+    @property
+    def num_offsets(self) -> int:
+        return self.geometries[0].num_offsets
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the whole batch, padding included."""
+        if self.shape is None:
+            return sum(geometry.num_tokens for geometry in self.geometries)
+        return len(self.geometries) * prod(self.shape)
+
+    def by_size(self) -> list[tuple[Geometry, Size, tuple[int, ...]]]:
+        """Each size's geometry, its token strides, and the first token of every map that has it, counted over all."""
+        counts = [geometry.num_tokens if self.shape is None else prod(self.shape) for geometry in self.geometries]
+        firsts: dict[Geometry, list[int]] = {}
+        for geometry, first in zip(self.geometries, accumulate(counts, initial=0), strict=False):
+            firsts.setdefault(geometry, []).append(first)
+        strides = None if self.shape is None else row_major_strides(self.shape)
+        return [(geometry, strides or geometry.token_strides, tuple(own)) for geometry, own in firsts.items()]
 
     def problems(
         self, tensors: Sequence[Tensor], seed: Tensor | None

@@ -116,10 +116,6 @@ def na(
         check_key_mask(key_mask, query.shape[:-2], query.device)
     if type(query) is not Tensor and torch.onnx.is_in_onnx_export():
         return opened(qkv, window, rpb, scale, dropout_p, sizes=sizes, key_mask=key_mask)
-    if sizes is not None and backend in (None, "triton"):
-        if backend == "triton":
-            raise RuntimeError("backend 'triton' cannot run this call: it takes maps of one size")
-        backend = "tiled"
     backend = resolve(backend, query, key, value, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     seed = dropout.new_seed(query.device) if dropout_p > 0 else None

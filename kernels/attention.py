@@ -19,6 +19,7 @@ from dinat_triton.kernels.prepare import (
     prepare_backward,
     prepare_forward,
 )
+from dinat_triton.map_batch import MapBatch
 from dinat_triton.packing import split_mask, unpack
 
 
@@ -26,19 +27,21 @@ def forward(
     qkv: list[Tensor],
     rpb: Tensor | None,
     seed: Tensor | None,
-    geometry: Geometry,
+    geometry: Geometry | MapBatch,
     scale: float,
     dropout_p: float,
     need_lse: bool,
     preset: Preset | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attends; query, key and value are `[batch, *shape, heads, dim]`. The backward always needs the log-sum-exp."""
-    (query, key, value), places = _even(unpack(qkv))
-    key_mask = _mask_bytes(qkv)
+    tensors, key_mask = unpack(qkv), _mask_bytes(qkv)
+    rows = tensors[0].shape[:-1]
+    (query, key, value), places = _even(_items(tensors, geometry))
     launch = prepare_forward(geometry, places, *_kind(query, rpb), seed is not None, key_mask is not None, preset)
-    rows = query.shape[:-1]
-    out = query.new_empty((*rows, value.shape[-1]))
-    lse = torch.empty(rows, dtype=torch.float32, device=query.device)
+    has_padding = isinstance(geometry, MapBatch) and geometry.shape is not None
+    new = torch.zeros if has_padding else torch.empty
+    out = new((*rows, value.shape[-1]), dtype=query.dtype, device=query.device)
+    lse = new(rows, dtype=torch.float32, device=query.device)
     with _on(query.device):
         bias = _bias(rpb, launch, scale, query)
         launch(query, key, value, out, lse, bias, seed, key_mask, numbers=(scale, *_keep(dropout_p)))
@@ -53,15 +56,15 @@ def backward(
     lse: Tensor,
     grad_out: Tensor,
     grad_lse: Tensor | None,
-    geometry: Geometry,
+    geometry: Geometry | MapBatch,
     scale: float,
     dropout_p: float,
     grads: list[Tensor],
     preset: Preset | None = None,
 ) -> Tensor | None:
     """Writes the gradients of query, key and value into `grads`, and returns that of `rpb`."""
-    grad_q, grad_k, grad_v = outputs = unpack(grads)
-    (query, key, value, grad_out), places = _even([*unpack(qkv), grad_out])
+    grad_q, grad_k, grad_v = outputs = _items(unpack(grads), geometry)
+    (query, key, value, grad_out), places = _even(_items([*unpack(qkv), grad_out], geometry))
     places += _places(outputs)
     key_mask = _mask_bytes(qkv)
     given = (grad_lse is not None, seed is not None, key_mask is not None, preset)
@@ -111,6 +114,11 @@ def _fold(rpb: Tensor | None, partials: Tensor | None, launches: Backward) -> Te
     over_programs(partials, sums)
     over_pairs(sums, grad)
     return grad
+
+
+def _items(tensors: list[Tensor], geometry: Geometry | MapBatch) -> list[Tensor]:
+    """Tensors as the kernels see them: maps of different sizes together are one batch item."""
+    return [x.flatten(0, -3).unsqueeze(0) for x in tensors] if isinstance(geometry, MapBatch) else tensors
 
 
 def _even(tensors: list[Tensor]) -> tuple[list[Tensor], tuple[Place, ...]]:

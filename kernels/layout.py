@@ -2,6 +2,8 @@
 
 A class is a product of one class per axis. All arrays are worked out for all classes at once: the number of a row,
 column or tile is taken apart into its place on each axis, and what the axes hold there is added up.
+
+Of a batch of maps these are the tiles of all maps, and the classes of all sizes, each kind of class once.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from dinat_triton.geometry import IntArray, counted, row_major_strides
 from dinat_triton.kernels.kept import Kept
+from dinat_triton.kernels.map_plans import MapPlans, SizePlan, alone
 from dinat_triton.plan import AxisTiles, Plan
 
 EMPTY = -(2**31)  # the offset of a slot without a token: negative from every base
@@ -40,9 +43,11 @@ class Layout:
         runs: `[runs, 4]`: class, first tile, end, chunks. A program walks one run.
         first_run: `[classes + 1]`: where each class's runs begin.
         guards: Of the words.
+        distinct: `[classes]`: the number of each among the classes of all sizes.
     """
 
-    plan: Plan
+    plan: Plan | MapPlans
+    distinct: IntArray
     max_chunks: int
     guards: int
     rows: Tensor
@@ -66,11 +71,12 @@ class Layout:
 
         If it has the entry at all: else the sum may be another column, or none.
         """
-        entry, row = _entries(self.plan, self.row_slots)
+        parts = [_entries(size.plan, self.row_slots) for size in _sizes(self.plan)]
+        entry, row = (np.concatenate(x)[self.distinct] for x in zip(*parts, strict=True))
         return torch.as_tensor(entry, device=self.rows.device), torch.as_tensor(row, device=self.rows.device)
 
 
-def _lay_out(plan: Plan, tiles_per_run: int, wide: bool, device: torch.device) -> Layout:
+def _lay_out(plan: Plan | MapPlans, tiles_per_run: int, wide: bool, device: torch.device) -> Layout:
     """Lays a plan out.
 
     Args:
@@ -79,31 +85,46 @@ def _lay_out(plan: Plan, tiles_per_run: int, wide: bool, device: torch.device) -
         wide: Whether token addresses within a batch item need 64 bits.
         device: Where to.
     """
-    kinds, (tiles, rows, columns) = _kinds(plan), plan.shapes.T
-    chunks = -(-columns // plan.chunk)
-    max_chunks = int(chunks.max())
-    bits = [max(tiles.columns for tiles in axis).bit_length() for axis in plan.axes]
+    sizes = _sizes(plan)
+    most_rows, most_columns = plan.largest
+    max_chunks = -(-most_columns // plan.chunk)
+    axes = zip(*(size.plan.axes for size in sizes), strict=True)
+    bits = [max(tiles.columns for axis in alike for tiles in axis).bit_length() for alike in axes]
     *shifts, end = accumulate((n + 1 for n in bits), initial=0)
     guards = sum(1 << (shift + n) for shift, n in zip(shifts, bits, strict=True))
-    runs, first_run = _runs(tiles, chunks, tiles_per_run)
-    arrays = (
-        _rows(plan, kinds, plan.block or int(rows.max()), shifts, guards),
-        _columns(plan, kinds, max_chunks * plan.chunk, shifts, guards),
-        _bases(plan, kinds, tiles),
-        runs,
-        first_run,
-    )
-    return Layout(plan, max_chunks, guards, *_upload(arrays, np.int64 if wide or end > 31 else np.int32, device))
+    rows = np.concatenate([_rows(size, plan.block or most_rows, shifts, guards) for size in sizes])
+    columns = np.concatenate([_columns(size, max_chunks * plan.chunk, shifts, guards) for size in sizes])
+    distinct, alike = _distinct(rows, columns) if len(sizes) > 1 else 2 * (np.arange(len(rows)),)
+    owner, bases = _bases(sizes)
+    owner = alike[owner]
+    order = np.argsort(owner, kind="stable")
+    chunks = -(-np.concatenate([size.plan.shapes[:, 2] for size in sizes]) // plan.chunk)
+    runs, first_run = _runs(np.bincount(owner), chunks[distinct], tiles_per_run)
+    arrays = (rows[distinct], columns[distinct], bases[order], runs, first_run)
+    dtype = np.int64 if wide or end > 31 else np.int32
+    return Layout(plan, distinct, max_chunks, guards, *_upload(arrays, dtype, device))
 
 
 # Passes of one call share layouts, and so do batches of many sizes.
 layout_of = Kept(_lay_out, lambda layout: layout.rows.untyped_storage().nbytes(), most=128, most_bytes=16 << 20)
 
 
-def _rows(plan: Plan, kinds: IntArray, slots: int, shifts: list[int], guards: int) -> IntArray:
-    places, filled = _places(plan, "rows", kinds[:, :, None], np.arange(slots))
+def _sizes(plan: Plan | MapPlans) -> tuple[SizePlan, ...]:
+    return (alone(plan) if isinstance(plan, Plan) else plan).sizes
+
+
+def _distinct(rows: IntArray, columns: IntArray) -> tuple[IntArray, IntArray]:
+    """The first of every kind of class, and the place of each class's kind among them."""
+    kinds: dict[bytes, int] = {}
+    alike = [kinds.setdefault(r.tobytes() + c.tobytes(), len(kinds)) for r, c in zip(rows, columns, strict=True)]
+    return np.unique(alike, return_index=True)[1], np.array(alike)
+
+
+def _rows(size: SizePlan, slots: int, shifts: list[int], guards: int) -> IntArray:
+    plan = size.plan
+    places, filled = _places(plan, "rows", _kinds(plan)[:, :, None], np.arange(slots))
     rows = np.zeros((4, *filled.shape), dtype=np.int64)
-    steps = [d * stride for d, stride in zip(plan.geometry.dilation, plan.geometry.token_strides, strict=True)]
+    steps = [d * stride for d, stride in zip(plan.geometry.dilation, size.token_strides, strict=True)]
     strides = steps, row_major_strides(plan.geometry.bias_shape)
     for axis, place, step, bias_stride, shift in zip(plan.axes, places, *strides, shifts, strict=True):
         number = np.concatenate([np.arange(tiles.rows) for tiles in axis])
@@ -113,10 +134,11 @@ def _rows(plan: Plan, kinds: IntArray, slots: int, shifts: list[int], guards: in
     return _padded(rows, filled, (EMPTY, 0, guards - 1, 2 * guards))
 
 
-def _columns(plan: Plan, kinds: IntArray, slots: int, shifts: list[int], guards: int) -> IntArray:
-    places, filled = _places(plan, "columns", kinds[:, :, None], np.arange(slots))
+def _columns(size: SizePlan, slots: int, shifts: list[int], guards: int) -> IntArray:
+    plan = size.plan
+    places, filled = _places(plan, "columns", _kinds(plan)[:, :, None], np.arange(slots))
     columns = np.zeros((3, *filled.shape), dtype=np.int64)
-    strides = plan.geometry.token_strides, row_major_strides(plan.geometry.bias_shape)
+    strides = size.token_strides, row_major_strides(plan.geometry.bias_shape)
     for axis, place, stride, bias_stride, shift in zip(plan.axes, places, *strides, shifts, strict=True):
         number = np.concatenate([np.arange(tiles.columns) for tiles in axis])
         offset, code = (_joined(axis, name) for name in ("col_offset", "col_code"))
@@ -131,13 +153,20 @@ def _padded(fields: IntArray, filled: NDArray[np.bool_], empty: tuple[int, ...])
     return np.where(filled, fields, np.array(empty)[:, None, None]).swapaxes(0, 1)
 
 
-def _bases(plan: Plan, kinds: IntArray, tiles: IntArray) -> IntArray:
-    owner, number = counted(tiles)
-    places, _ = _places(plan, "tiles", kinds[:, owner], number)
-    bases = np.zeros((2, len(owner)), dtype=np.int64)
-    for axis, place, stride in zip(plan.axes, places, plan.geometry.token_strides, strict=True):
-        bases += np.stack((_joined(axis, "row_start"), _joined(axis, "col_start"))).take(place, axis=1) * stride
-    return bases.T
+def _bases(sizes: tuple[SizePlan, ...]) -> tuple[IntArray, IntArray]:
+    """The class of every tile of every map, counted over the classes of all sizes, and its bases, `[tiles, 2]`."""
+    owners, bases, classes = [], [], 0
+    for size in sizes:
+        plan, maps = size.plan, np.array(size.first_tokens)
+        owner, number = counted(plan.shapes[:, 0])
+        places, _ = _places(plan, "tiles", _kinds(plan)[:, owner], number)
+        own = np.zeros((2, len(owner)), dtype=np.int64)
+        for axis, place, stride in zip(plan.axes, places, size.token_strides, strict=True):
+            own += np.stack((_joined(axis, "row_start"), _joined(axis, "col_start"))).take(place, axis=1) * stride
+        owners.append(np.tile(owner + classes, len(maps)))
+        bases.append((own.T + maps[:, None, None]).reshape(-1, 2))
+        classes += len(plan.shapes)
+    return np.concatenate(owners), np.concatenate(bases)
 
 
 def _runs(tiles: IntArray, chunks: IntArray, tiles_per_run: int) -> tuple[IntArray, IntArray]:

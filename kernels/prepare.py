@@ -35,6 +35,7 @@ from dinat_triton.kernels.schedule import (
     problem_of,
     schedule_of,
 )
+from dinat_triton.map_batch import MapBatch
 
 # Bytes that Triton takes the address of an aligned tensor to be a multiple of.
 ALIGNMENT = 16
@@ -103,7 +104,7 @@ class Backward:
 
 
 def _prepare_forward(
-    geometry: Geometry, places: tuple[Place, ...], dtype: torch.dtype, device: torch.device, tf32: bool,
+    geometry: Geometry | MapBatch, places: tuple[Place, ...], dtype: torch.dtype, device: torch.device, tf32: bool,
     rpb_dtype: torch.dtype | None, dropout: bool, masked: bool, preset: Preset | None = None,
 ) -> Launch:  # fmt: skip
     """The forward's launch. `places` are those of query, key and value."""
@@ -114,7 +115,7 @@ def _prepare_forward(
 
 
 def _prepare_backward(
-    geometry: Geometry, places: tuple[Place, ...], dtype: torch.dtype, device: torch.device, tf32: bool,
+    geometry: Geometry | MapBatch, places: tuple[Place, ...], dtype: torch.dtype, device: torch.device, tf32: bool,
     rpb_dtype: torch.dtype | None, has_grad_lse: bool, dropout: bool, masked: bool,
     preset: Preset | None = None,
 ) -> Backward:  # fmt: skip
@@ -236,7 +237,7 @@ def _launch(
 
 
 def _problem(
-    geometry: Geometry, places: tuple[Place, ...], dtype: torch.dtype, device: torch.device, biased: bool,
+    geometry: Geometry | MapBatch, places: tuple[Place, ...], dtype: torch.dtype, device: torch.device, biased: bool,
     tf32: bool, preset: Preset | None,
 ) -> Problem:  # fmt: skip
     """The problem of tensors in these places, the first of which are query, key and value."""

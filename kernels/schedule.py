@@ -21,6 +21,8 @@ from dinat_triton.kernels.configs import (
     padded,
 )
 from dinat_triton.kernels.layout import Layout, layout_of
+from dinat_triton.kernels.map_plans import MapPlans, choose_plans
+from dinat_triton.map_batch import MapBatch
 from dinat_triton.plan import Plan
 
 # Multiply and add in one instruction; what Triton does by default differs from version to version.
@@ -31,7 +33,7 @@ FUSION = {"enable_fp_fusion": True}
 class Problem:
     """All that schedules depend on."""
 
-    geometry: Geometry
+    geometry: Geometry | MapBatch  # a batch of maps of different sizes is one batch item
     batch: int
     heads: int
     kv_heads: int
@@ -65,7 +67,7 @@ class Schedule:
 
 
 def problem_of(
-    geometry: Geometry, batch: int, heads: int, kv_heads: int, dim: int, value_dim: int,
+    geometry: Geometry | MapBatch, batch: int, heads: int, kv_heads: int, dim: int, value_dim: int,
     dtype: torch.dtype, device: torch.device, biased: bool = True, tf32: bool = False, wide: bool = False,
     preset: Preset | None = None,
 ) -> Problem:  # fmt: skip
@@ -83,16 +85,20 @@ def problem_of(
 def config_of(problem: Problem, name: str) -> Config:
     if problem.configs:
         return problem.configs[PASSES.index(name)]
-    architecture = problem.architecture
+    architecture, geometry, maps = problem.architecture, problem.geometry, problem.batch
+    if isinstance(geometry, MapBatch):
+        maps, geometry = len(geometry.geometries), geometry.largest
     return choose_config(
         name, max(padded(problem.dim), padded(problem.value_dim)), problem.bits, architecture.name, architecture.device,
-        problem.geometry, problem.batch * problem.heads, problem.biased,
+        geometry, maps * problem.heads, problem.biased,
     )  # fmt: skip
 
 
-def plan_of(problem: Problem, name: str) -> Plan:
-    token_bytes = problem.dim * problem.bits // 8
-    return choose_plan(problem.geometry, config_of(problem, name), token_bytes, name == "key_backward")
+def plan_of(problem: Problem, name: str) -> Plan | MapPlans:
+    geometry, config, token_bytes = problem.geometry, config_of(problem, name), problem.dim * problem.bits // 8
+    if isinstance(geometry, MapBatch):
+        return choose_plans(geometry, config, token_bytes, name == "key_backward")
+    return choose_plan(geometry, config, token_bytes, name == "key_backward")
 
 
 def schedule_of(problem: Problem, name: str) -> Schedule:

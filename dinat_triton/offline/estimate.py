@@ -17,6 +17,7 @@ from dinat_triton.kernels.schedule import Schedule, problem_of, schedule_of
 from dinat_triton.layers import Layer
 from dinat_triton.offline.inspect import KernelVariant, Report, variants_of
 from dinat_triton.offline.targets import Target
+from dinat_triton.plan import Plan
 from dinat_triton.work import BACKWARD, FORWARD, TRAFFIC, Sweep, Work
 
 # Cycles, much alike on all GPUs: a load that misses L1, one that hits it, a product or a softmax and what waits for it.
@@ -61,7 +62,9 @@ class Step:
 
     @property
     def sweep(self) -> Sweep:
-        return Sweep(self.layer, self.schedule.layout.plan.cost(), TRAFFIC[self.title], self.itemsize)
+        plan = self.schedule.layout.plan
+        assert isinstance(plan, Plan)  # of one geometry
+        return Sweep(self.layer, plan.cost(), TRAFFIC[self.title], self.itemsize)
 
     def limits(self, report: Report, target: Target) -> dict[str, float]:
         """Seconds that each limit alone would take."""
