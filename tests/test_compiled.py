@@ -17,6 +17,7 @@ from dinat_triton.tuner.layer_run import LayerRun
 from tests.oracles import sampling
 from tests.oracles.cases import check, check_narrow, make_case
 from tests.oracles.gpu import GPU, pretended
+from tests.oracles.map_batches import make_map_case
 from tests.oracles.sampling import Sample
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernels are interpreted")
@@ -45,6 +46,12 @@ def gpu(request: pytest.FixtureRequest, cache: Path, poisoned: None) -> Iterator
 @pytest.mark.parametrize(("gpu", "sample"), [*zip(cycle(TARGETS), SAMPLES, strict=False)], indirect=["gpu"], ids=str)
 def test_random_geometries(gpu: GPU, sample: Sample) -> None:
     check(make_case(sample, random.Random(0), heads=2, dims=(12, 8), biased=True, scale=0.7))
+
+
+@pytest.mark.parametrize(("gpu", "packed"), [("sm_80", True), ("sm_90", False)], indirect=["gpu"])
+def test_maps_of_different_sizes(gpu: GPU, packed: bool) -> None:
+    case = make_map_case(RAGGED, random.Random(5), 2)
+    case.check(case.run("triton", packed), case.alone("reference", torch.float64), 1e-5)
 
 
 @pytest.mark.parametrize("sample", [CLOSED, SLIDING, RAGGED, CAUSAL, WIDE], ids=str)
