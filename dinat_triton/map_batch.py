@@ -30,6 +30,19 @@ def flat_sizes(sizes: Sequence[int | Sequence[int]], rank: int) -> list[int]:
     return [n for i, size in enumerate(sizes) for n in broadcast_ints(f"sizes[{i}]", size, rank)]
 
 
+def check_sizes(lead: Sequence[int], sizes: Sequence[int | Sequence[int]], rank: int) -> list[Size]:
+    """One shape for each of the maps that a tensor's first axes hold: `[batch, *shape]`, or `[tokens]`."""
+    found = _by_rank(flat_sizes(sizes, rank), rank)
+    check_lead(lead, found)
+    return found
+
+
+def _by_rank(flat: Sequence[int], rank: int) -> list[Size]:
+    if not flat or len(flat) % rank != 0:
+        raise ValueError(f"sizes must have a shape of {rank} integers for each of at least one map, got {flat}")
+    return [tuple(flat[i : i + rank]) for i in range(0, len(flat), rank)]
+
+
 def check_lead(lead: Sequence[int], sizes: Sequence[Size]) -> None:
     """Checks that maps of these sizes are what a tensor's first axes hold: `[batch, *shape]`, or `[tokens]`."""
     if len(lead) == 1:
@@ -54,22 +67,30 @@ def split_maps(x: Tensor, sizes: Sequence[Size], packed: bool) -> list[Tensor]:
     return [item[corner].unsqueeze(0) for item, corner in zip(x.unbind(), corners, strict=True)]
 
 
-def join_maps(maps: Sequence[Tensor], sizes: Sequence[Size], shape: Size | None) -> Tensor:
-    """A batch of maps, padded to a shape with zeros, or packed if it is None."""
-    rank = len(sizes[0])
+def join_maps(maps: Sequence[Tensor], rank: int, shape: Sequence[int] | None = None) -> Tensor:
+    """A batch of maps, padded to a shape with zeros, or packed."""
     if shape is None:
         return torch.cat([x.flatten(0, rank) for x in maps])
-    return torch.cat([pad_map(x, size, shape) for x, size in zip(maps, sizes, strict=True)])
+    return torch.cat([pad_map(x, shape) for x in maps])
 
 
-def pad_map(x: Tensor, size: Size, shape: Size) -> Tensor:
-    """A map `[1, *size, ...]` with zeros at the end of each axis."""
-    if size == shape:
+def clear_padding(x: Tensor, sizes: Sequence[Size]) -> Tensor:
+    """Padded maps `[batch, *shape, ...]` with zeros around them, whatever was there."""
+    rank = len(sizes[0])
+    return join_maps(split_maps(x, sizes, False), rank, x.shape[1 : 1 + rank])
+
+
+def pad_map(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """A map `[1, *size, ...]` with zeros at the end of each axis that is shorter."""
+    missing = [m - n for n, m in zip(x.shape[1:], shape, strict=False)]
+    if not any(missing):
         return x
-    amounts = [0, 0] * (x.ndim - 1 - len(size))
-    for n, m in zip(size[::-1], shape[::-1], strict=True):
-        amounts += [0, m - n]
-    return pad(x, amounts)
+    return pad(x, [0, 0] * (x.ndim - 1 - len(missing)) + [n for m in missing[::-1] for n in (0, m)])
+
+
+def crop_map(x: Tensor, size: Size) -> Tensor:
+    """A map without what `pad_map` added."""
+    return x[(slice(None), *map(slice, size))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +144,7 @@ class MapBatch:
 
     def join(self, results: Sequence[Tensor]) -> Tensor:
         """What maps gave, in the form that they came in."""
-        return join_maps(results, self.sizes, self.shape)
+        return join_maps(results, len(self.sizes[0]), self.shape)
 
     def attend(
         self, attend: Callable[..., tuple[Tensor, Tensor]], qkv: Sequence[Tensor], seed: Tensor | None
@@ -138,9 +159,7 @@ class MapBatch:
 def map_batch_of(lead: Size, window: tuple[int, ...], flat: tuple[int, ...]) -> MapBatch:
     """The batch that tensors with these first axes hold; `flat` are the axes of all sizes, one after the other."""
     rank = rank_of(window)
-    if not flat or len(flat) % rank != 0:
-        raise ValueError(f"sizes must have a shape of {rank} integers for each of at least one map, got {flat}")
-    sizes = [flat[i : i + rank] for i in range(0, len(flat), rank)]
+    sizes = _by_rank(flat, rank)
     check_lead(lead, sizes)
     geometries = []
     for i, size in enumerate(sizes):

@@ -7,6 +7,7 @@ from dinat_triton import functional
 from dinat_triton.checks import check_key_mask
 from dinat_triton.functional import Bools, Borders, Ints, window_of
 from dinat_triton.geometry import SHIFT, borders_of, geometry_of, split_window
+from dinat_triton.map_batch import check_sizes, crop_map, join_maps, pad_map, split_maps
 from dinat_triton.padding import crop_like, pad_to_span
 
 # FX takes these as leaves, as it does what follows.
@@ -120,13 +121,42 @@ class _NeighborhoodAttention(nn.Module):
         if rpb is not None:
             nn.init.trunc_normal_(rpb, std=0.02)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """Attends; `key_mask` is `[batch, *shape]`, True where the key may be seen."""
+    def forward(self, x: Tensor, key_mask: Tensor | None = None, sizes: list[list[int]] | None = None) -> Tensor:
+        """Attends on `[batch, *shape, embed_dim]`, or on maps of different sizes.
+
+        Args:
+            x: The maps.
+            key_mask: `[batch, *shape]`, True where the key may be seen.
+            sizes: One shape per map. Each lies in the top left corner of its batch item, or, if x is
+                `[tokens of all maps, embed_dim]`, after the one before; it gets what it would get alone.
+        """
+        if sizes is not None:
+            if key_mask is not None:
+                raise ValueError("key_mask must be None for maps of different sizes, whose padding is never seen")
+            return self.attend_maps(x, sizes)
         padded = pad_to_span(x, self.span, self.embed_dim)
         qkv = split_heads(self.qkv(padded), self.qkv_sizes)
         dropout_p = self.attn_drop.p if self.attn_drop.training else 0.0
         out = attend(qkv, self.window, self.rpb, self.scale, dropout_p, pad_mask(key_mask, x, self.span))
         return self.proj_drop(self.proj(crop_like(out.flatten(-2), x)))
+
+    @torch.jit.unused
+    def attend_maps(self, x: Tensor, sizes: list[list[int]]) -> Tensor:
+        """The same on maps of different sizes. Only their own tokens are projected."""
+        if x.ndim not in (2, self.rank + 2) or x.shape[-1] != self.embed_dim:
+            form = f"[batch, {self.rank} map axes, {self.embed_dim} channels]"
+            raise ValueError(f"x must be {form} or [tokens of all maps, channels], got shape {tuple(x.shape)}")
+        own = check_sizes(x.shape[:-1], sizes, self.rank)
+        spans = [tuple(map(max, size, self.span)) for size in own]
+        packed = x.ndim == 2
+        maps = [pad_map(m, span) for m, span in zip(split_maps(x, own, packed), spans, strict=True)]
+        qkv = split_heads(self.qkv(join_maps(maps, self.rank)), self.qkv_sizes)
+        dropout_p = self.attn_drop.p if self.attn_drop.training else 0.0
+        flat = [n for span in spans for n in span]
+        out = functional.attend([qkv], self.window, self.rpb, self.scale, dropout_p, False, None, flat)[0]
+        maps = [crop_map(m, size) for m, size in zip(split_maps(out.flatten(-2), spans, True), own, strict=True)]
+        out = self.proj_drop(self.proj(join_maps(maps, self.rank)))
+        return out if packed else join_maps(split_maps(out, own, True), self.rank, x.shape[1:-1])
 
     def extra_repr(self) -> str:
         names = ("kernel_size", "stride", "dilation", "is_causal")

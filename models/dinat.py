@@ -36,6 +36,7 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import nn
 
+from dinat_triton.models import map_sizes
 from dinat_triton.models.checkpoints import checkpoint_filter_fn
 from dinat_triton.models.dilations import Dilation, Dilations, resolve_dilations
 from dinat_triton.models.variants import VARIANTS
@@ -53,6 +54,11 @@ def check_image(x: torch.Tensor, in_chans: int, min_size: int) -> None:
         raise ValueError(f"image must be [batch, {in_chans}, height, width], got shape {x.shape}")
     if min(x.shape[2], x.shape[3]) < min_size:
         raise ValueError(f"image must be at least {min_size} x {min_size}, got {x.shape[2]} x {x.shape[3]}")
+
+
+def has_sizes(sizes: Any) -> bool:
+    """Whether a batch has images of different sizes. A tracer passes a proxy for those that were not given."""
+    return sizes is not None and not isinstance(sizes, torch.fx.Proxy)
 
 
 class ConvTokenizer(nn.Module):
@@ -149,8 +155,8 @@ class NeighborhoodBlock(nn.Module):
         self.ls2 = LayerScale(dim, layer_scale, **dd) if layer_scale is not None else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+    def forward(self, x: torch.Tensor, sizes: list[list[int]] | None = None) -> torch.Tensor:
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), sizes=sizes)))
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return x
 
@@ -376,6 +382,7 @@ class DiNAT(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
+        sizes: list[list[int]] | None = None,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
         """Forward features, with those of the levels before the next one's downsampling.
 
@@ -386,13 +393,20 @@ class DiNAT(nn.Module):
             stop_early: Whether to stop at the last of `indices`.
             output_fmt: "NCHW" or "NHWC", of the intermediate features.
             intermediates_only: Whether to leave out the final features.
+            sizes: Height and width of each image, where they differ.
         """
         assert output_fmt in ("NCHW", "NHWC"), "Output format must be NCHW or NHWC."
-        intermediates = []
+        intermediates: list[torch.Tensor] = []
         take_indices, max_index = feature_take_indices(len(self.levels), indices)
         last = len(self.levels) - 1
 
         check_image(x, self.in_chans, self.min_size)
+        if torch.jit.is_scripting():
+            assert sizes is None, "sizes must be None in TorchScript"
+        elif has_sizes(sizes):
+            stop = max_index if stop_early else last
+            x, intermediates = map_sizes.forward_intermediates(self, x, sizes, take_indices, stop, norm, output_fmt)
+            return intermediates if intermediates_only else (x, intermediates)
         x = self.patch_embed(x)
         i = 0
         for i, (level, level_norm) in enumerate(zip(self.levels, self.feature_norms)):  # noqa: B905  (torchscript)
@@ -447,8 +461,13 @@ class DiNAT(nn.Module):
             self.reset_classifier(0, "")
         return take_indices
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+    def forward_features(self, x: torch.Tensor, sizes: list[list[int]] | None = None) -> torch.Tensor:
+        """Features, `[batch, height, width, channels]`; of images of different sizes, zero in their padding."""
         check_image(x, self.in_chans, self.min_size)
+        if torch.jit.is_scripting():
+            assert sizes is None, "sizes must be None in TorchScript"
+        elif has_sizes(sizes):
+            return map_sizes.forward_features(self, x, sizes)[0]
         x = self.patch_embed(x)
         x = self.levels(x)
         x = self.norm(x)
@@ -457,7 +476,19 @@ class DiNAT(nn.Module):
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         return self.head(x, pre_logits=pre_logits) if pre_logits else self.head(x)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, sizes: list[list[int]] | None = None) -> torch.Tensor:
+        """Logits.
+
+        Args:
+            x: Images.
+            sizes: Height and width of each image in the top left corner of its batch item, where they differ. Every
+                image gives what it would give alone.
+        """
+        if torch.jit.is_scripting():
+            assert sizes is None, "sizes must be None in TorchScript"
+        elif has_sizes(sizes):
+            check_image(x, self.in_chans, self.min_size)
+            return map_sizes.forward_head(self, *map_sizes.forward_features(self, x, sizes))
         x = self.forward_features(x)
         x = self.forward_head(x)
         return x

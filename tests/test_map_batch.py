@@ -4,16 +4,17 @@ import random
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
 from torch import Tensor
 from torch.library import opcheck
 
 import dinat_triton as dt
-from dinat_triton.map_batch import split_maps
+from dinat_triton.map_batch import join_maps, split_maps
 from tests.oracles import sampling
 from tests.oracles.map_batches import make_map_case
 
-SAMPLES = sampling.samples(24, seed=17, max_tokens=60)
+SAMPLES = sampling.samples(24, seed=17, max_tokens=60, borders=sampling.BORDERS)
 BACKENDS = ("reference", "tiled")
 
 
@@ -30,7 +31,7 @@ def test_every_map_is_attended_to_as_if_it_were_alone(sample: sampling.Sample, p
 @pytest.mark.parametrize("chunk", range(10))
 def test_a_thousand_batches(chunk: int) -> None:
     rng = random.Random(chunk)
-    for sample in sampling.samples(1000, seed=18, max_tokens=80)[chunk::10]:
+    for sample in sampling.samples(1000, seed=18, max_tokens=80, borders=sampling.BORDERS)[chunk::10]:
         case = make_map_case(sample, rng)
         backend = rng.choice(BACKENDS)
         case.check(case.run(backend, rng.random() < 0.5), case.alone(backend))
@@ -127,3 +128,62 @@ def test_a_packed_batch_needs_sizes() -> None:
         dt.na2d(x, x, x, 3)
     with pytest.raises(ValueError, match=r"dim\] or \[tokens of all maps, heads, dim\], got shape \(2, 30, 2, 8\)"):
         dt.na2d(x.expand(2, -1, -1, -1), x, x, 3, sizes=[(6, 5)])
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("packed", [False, True])
+def test_modules_pad_and_project_every_map_alone(packed: bool, rank: int) -> None:
+    """Maps smaller than the window too; the bias of the projection makes keys of their padding."""
+    module = (dt.NeighborhoodAttention1D, dt.NeighborhoodAttention2D)[rank - 1](12, 3, 3, dilation=2, rel_pos_bias=True)
+    torch.nn.init.normal_(module.qkv.bias)
+    sizes = [size[:rank] for size in ((9, 4), (7, 8), (3, 2))]
+    maps = [torch.randn(1, *size, 12, requires_grad=True) for size in sizes]
+    x = join_maps(maps, rank, None if packed else (9, 8)[:rank])
+    mask = join_maps([torch.ones(1, *size) for size in sizes], rank, None if packed else (9, 8)[:rank]) > 0
+    out = module(x.masked_fill(~mask[..., None], torch.nan), sizes=sizes)
+    assert not out[~mask].any()
+    alone = [module(m) for m in maps]
+    for found, expected in zip(split_maps(out, sizes, packed), alone, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    leaves = [*maps, *module.parameters()]
+    expected = torch.autograd.grad(sum(y.square().sum() for y in alone), leaves)
+    for a, b in zip(torch.autograd.grad(out.square().sum(), leaves), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+TINY = {"embed_dim": 16, "depths": (1, 2), "num_heads": (2, 2), "kernel_size": 3, "num_classes": 5}
+
+
+@pytest.mark.parametrize("name", ["dinat_mini", "dinat_s_tiny", "dinat_isotropic_small"])
+def test_models_give_for_every_image_what_they_give_for_it_alone(name: str) -> None:
+    isotropic = {"embed_dim": 16, "depth": 2, "num_heads": 2, "kernel_size": 3, "num_classes": 5}
+    options = isotropic | {"num_heads": (2, 2)} if "isotropic" in name else TINY
+    model = timm.create_model(name, dilations=2, **options).eval()
+    sizes = [(49, 70), (33, 64), (90, 31)]
+    images = [torch.randn(1, 3, *size) for size in sizes]
+    batch = torch.full((3, 3, 90, 70), torch.nan)
+    for item, image, (height, width) in zip(batch, images, sizes, strict=True):
+        item[:, :height, :width] = image[0]
+    logits, features = model(batch, sizes=sizes), model.forward_features(batch, sizes)
+    final, levels = model.forward_intermediates(batch, sizes=sizes, norm=True)
+    assert torch.equal(final, features)
+    logits.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    for i, image in enumerate(images):
+        torch.testing.assert_close(logits[i], model(image)[0], rtol=1e-4, atol=1e-5)
+        found = [features.permute(0, 3, 1, 2), *levels]
+        expected = [model.forward_features(image).permute(0, 3, 1, 2)]
+        expected += model.forward_intermediates(image, norm=True, intermediates_only=True)
+        for a, b in zip(found, expected, strict=True):
+            height, width = b.shape[2:]
+            torch.testing.assert_close(a[i : i + 1, :, :height, :width], b, rtol=1e-4, atol=1e-5)
+            assert not a[i, :, height:].any()
+            assert not a[i, :, :, width:].any()
+
+
+def test_models_say_what_sizes_would_be_right() -> None:
+    model = timm.create_model("dinat_mini", **TINY)
+    with pytest.raises(ValueError, match=r"sizes must be at least 8 x 8, got \(7, 9\) for item 0"):
+        model(torch.randn(1, 3, 32, 32), sizes=[(7, 9)])
+    with pytest.raises(ValueError, match=r"sizes must fit the map they are padded to, \(32, 32\), got \(33, 9\)"):
+        model(torch.randn(1, 3, 32, 32), sizes=[(33, 9)])

@@ -118,7 +118,7 @@ class ShardedNorm(nn.LayerNorm):
 class ShardedBlock(NeighborhoodBlock):
     """A block: all of it is local but the attention."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         on, x = _local(x, self)
         x = x + _drop_path(self.drop_path1, self.ls1(self.attn(self.norm1(x), on)), on)
         x = x + _drop_path(self.drop_path2, self.ls2(self.mlp(self.norm2(x))), on)

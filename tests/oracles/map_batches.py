@@ -25,8 +25,8 @@ class MapCase:
     def run(self, backend: str, packed: bool, dtype: torch.dtype = torch.float32) -> dict[str, list[Tensor]]:
         """Results of every map from one call; padding is NaN going in, and zero coming out."""
         shape = None if packed else self.sample.shape
-        mask = join_maps([torch.ones(1, *size) for size in self.sizes], self.sizes, shape) > 0
-        tensors = [join_maps(x, self.sizes, shape).to(dtype) for x in zip(*self.maps, strict=True)]
+        mask = join_maps([torch.ones(1, *size) for size in self.sizes], self.sample.rank, shape) > 0
+        tensors = [join_maps(x, self.sample.rank, shape).to(dtype) for x in zip(*self.maps, strict=True)]
         tensors = [x.masked_fill(~mask.view(*mask.shape, *[1] * (x.ndim - mask.ndim)), torch.nan) for x in tensors]
         results = self._attend(tensors, backend, sizes=self.sizes)
         for name in NAMES:
@@ -63,8 +63,12 @@ class MapCase:
 
 def make_map_case(sample: Sample, rng: random.Random, maps: int | None = None) -> MapCase:
     """Sizes between a window's span and the sample's shape, some of them alike."""
-    spans = [k * d for k, d in zip(sample.kernel_size, sample.dilation, strict=True)]
-    sizes = [tuple(map(rng.randint, spans, sample.shape)) for _ in range(maps or rng.randint(1, 3))]
+    axes = [*zip(sample.shape, sample.kernel_size, sample.dilation, sample.border, strict=True)]
+    lengths = [
+        [n for n in range(1 if border == "clip" else k * d, size + 1) if border != "wrap" or n % d == 0]
+        for size, k, d, border in axes
+    ]
+    sizes = [tuple(map(rng.choice, lengths)) for _ in range(maps or rng.randint(1, 3))]
     sizes.insert(rng.randint(0, len(sizes)), rng.choice(sizes))
     kv_heads = rng.choice([1, 2])
     heads, (dim, value_dim) = kv_heads * rng.choice([1, 2]), rng.choice([(8, 8), (5, 3)])
