@@ -11,7 +11,7 @@ downsampling layers, and the isotropic models (`isotropic.py`) have one block pe
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import log2
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -56,7 +56,7 @@ def check_image(x: torch.Tensor, in_chans: int, min_size: int) -> None:
         raise ValueError(f"image must be at least {min_size} x {min_size}, got {x.shape[2]} x {x.shape[3]}")
 
 
-def has_sizes(sizes: Any) -> bool:
+def has_sizes(sizes: Any) -> TypeGuard[list[list[int]]]:
     """Whether a batch has images of different sizes. A tracer passes a proxy for those that were not given."""
     return sizes is not None and not isinstance(sizes, torch.fx.Proxy)
 
