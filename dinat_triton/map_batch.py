@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from math import prod
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -21,6 +22,11 @@ from dinat_triton.geometry import Geometry, broadcast_ints, geometry_of, rank_of
 Size = tuple[int, ...]
 # Batches whose geometries are kept: a new one takes a few microseconds for each of its maps.
 MOST_BATCHES = 64
+
+
+def has_sizes(sizes: Any) -> TypeGuard[list[list[int]]]:
+    """Whether sizes were given. A tracer passes a proxy for those that were not."""
+    return sizes is not None and not isinstance(sizes, torch.fx.Proxy)
 
 
 def flat_sizes(sizes: Sequence[int | Sequence[int]], rank: int) -> list[int]:

@@ -7,7 +7,7 @@ from dinat_triton import functional
 from dinat_triton.checks import check_key_mask
 from dinat_triton.functional import Bools, Borders, Ints, window_of
 from dinat_triton.geometry import SHIFT, borders_of, geometry_of, split_window
-from dinat_triton.map_batch import check_sizes, crop_map, join_maps, pad_map, split_maps
+from dinat_triton.map_batch import check_sizes, crop_map, has_sizes, join_maps, pad_map, split_maps
 from dinat_triton.padding import crop_like, pad_to_span
 
 # FX takes these as leaves, as it does what follows.
@@ -130,7 +130,9 @@ class _NeighborhoodAttention(nn.Module):
             sizes: One shape per map. Each lies in the top left corner of its batch item, or, if x is
                 `[tokens of all maps, embed_dim]`, after the one before; it gets what it would get alone.
         """
-        if sizes is not None:
+        if torch.jit.is_scripting():
+            assert sizes is None, "sizes must be None in TorchScript"
+        elif has_sizes(sizes):
             if key_mask is not None:
                 raise ValueError("key_mask must be None for maps of different sizes, whose padding is never seen")
             return self.attend_maps(x, sizes)
@@ -140,7 +142,6 @@ class _NeighborhoodAttention(nn.Module):
         out = attend(qkv, self.window, self.rpb, self.scale, dropout_p, pad_mask(key_mask, x, self.span))
         return self.proj_drop(self.proj(crop_like(out.flatten(-2), x)))
 
-    @torch.jit.unused
     def attend_maps(self, x: Tensor, sizes: list[list[int]]) -> Tensor:
         """The same on maps of different sizes. Only their own tokens are projected."""
         if x.ndim not in (2, self.rank + 2) or x.shape[-1] != self.embed_dim:

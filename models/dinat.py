@@ -11,7 +11,7 @@ downsampling layers, and the isotropic models (`isotropic.py`) have one block pe
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import log2
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -36,6 +36,7 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import nn
 
+from dinat_triton.map_batch import has_sizes
 from dinat_triton.models import map_sizes
 from dinat_triton.models.checkpoints import checkpoint_filter_fn
 from dinat_triton.models.dilations import Dilation, Dilations, resolve_dilations
@@ -54,11 +55,6 @@ def check_image(x: torch.Tensor, in_chans: int, min_size: int) -> None:
         raise ValueError(f"image must be [batch, {in_chans}, height, width], got shape {x.shape}")
     if min(x.shape[2], x.shape[3]) < min_size:
         raise ValueError(f"image must be at least {min_size} x {min_size}, got {x.shape[2]} x {x.shape[3]}")
-
-
-def has_sizes(sizes: Any) -> TypeGuard[list[list[int]]]:
-    """Whether a batch has images of different sizes. A tracer passes a proxy for those that were not given."""
-    return sizes is not None and not isinstance(sizes, torch.fx.Proxy)
 
 
 class ConvTokenizer(nn.Module):
