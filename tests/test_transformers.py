@@ -69,7 +69,7 @@ def test_attentions_follow_the_formula(shape: tuple[int, int], kernel_size: int,
     x = torch.randn(1, *shape, 16, dtype=torch.float64)
     out, attention = layer(x, output_attentions=True)
     query, key, value = (f(x).unflatten(-1, (2, 8)).flatten(1, 2)[0] for f in (layer.query, layer.key, layer.value))
-    keys, places = brute.table(shape, (kernel_size,) * 2, (dilation,) * 2, (1, 1), (False, False))
+    keys, places = brute.table(shape, (kernel_size,) * 2, (dilation,) * 2, (1, 1), (False, False), ("shift",) * 2)
     logits = torch.einsum("nhd,nkhd->hnk", query, key[keys]) / math.sqrt(8) + layer.rpb.flatten(1)[:, places]
     torch.testing.assert_close(attention[0].flatten(1, 2), logits.softmax(-1))
     expected = torch.einsum("hnk,nkhd->nhd", logits.softmax(-1), value[keys])

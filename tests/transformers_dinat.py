@@ -21,7 +21,7 @@ from tests.oracles import brute
 def _forward(self, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor]:
     heads = (self.num_attention_heads, self.attention_head_size)
     query, key, value = (layer(hidden_states).unflatten(-1, heads) for layer in (self.query, self.key, self.value))
-    window = ((self.kernel_size,) * 2, (self.dilation,) * 2, (1, 1), (False, False))
+    window = ((self.kernel_size,) * 2, (self.dilation,) * 2, (1, 1), (False, False), ("shift",) * 2)
     out, _ = brute.attention(query, key, value, *window, self.rpb)
     return (out.flatten(-2).to(hidden_states.dtype),)
 
