@@ -21,7 +21,7 @@ from tqdm import tqdm
 from dinat_triton.bench import harness, memory
 from dinat_triton.bench.harness import TIME_IS_UP, Record, Results, elapsed_ms
 from dinat_triton.bench.layers import graphed
-from dinat_triton.bench.runtimes import RUNTIMES, exported
+from dinat_triton.bench.runtimes import RUNTIMES
 from dinat_triton.commands.options import check_names, check_positive, find_device, split
 from dinat_triton.commands.tables import table
 from dinat_triton.tuner.layer_run import first_line
@@ -86,7 +86,7 @@ def prepare(case: Case) -> Callable[[], object]:
     """A step of a fresh model with random weights; nothing has run yet."""
     model, images = model_of(case.name, case.pass_, case.batch, case.device)
     if case.mode in RUNTIMES:
-        return exported(model, images, case.mode)
+        return RUNTIMES[case.mode](model, images)
     run: Any = model
     if case.mode in (COMPILED, FROZEN):
         run = torch.compile(model, dynamic=False, options={"freezing": case.mode == FROZEN})
@@ -173,7 +173,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--graph", action="store_true", help="inference at batch 1 as well, eager and as a CUDA graph")
     parser.add_argument("--runtimes", nargs="+", default=[], metavar="RUNTIME",
                         help="inference in these as well, side by side with eager, on a CPU: "
-                        f"files of {', '.join(RUNTIMES)}; and "
+                        f"{', '.join(RUNTIMES)}; and "
                         f"{COMPILED}, or {FROZEN}: compiled with its weights as constants")  # fmt: skip
     parser.add_argument("--autocast", action="store_true", help="in bfloat16; always on a GPU")
     parser.add_argument("--seconds", type=float, help="for each model, mode and pass (default: 4, on a GPU 1)")

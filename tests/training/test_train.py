@@ -15,10 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from timm.data import auto_augment
 
+from dinat_triton.bench.runtimes import RUNTIMES
 from dinat_triton.cli import main
 from dinat_triton.commands.inputs import picture
-from dinat_triton.training import beat, checkpoint, recipe, shards
+from dinat_triton.training import beat, checkpoint, data, recipe, shards
 from dinat_triton.training.engine import Engine
+from dinat_triton.training.model import build
 
 from .conftest import SMALL
 
@@ -218,7 +220,26 @@ def test_every_recipe_is_read_and_kept_whole(name: str, tmp_path: Path) -> None:
     assert set(yaml.safe_load((recipe.FOLDER / f"{name}.yaml").read_text())) <= set(recipe.FIELDS)
 
 
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on the digits as they come."""
+    run = tmp_path_factory.mktemp("digits")
+    assert main(["train", "digits", "--out", str(run), "--workers", str(min(1, os.cpu_count() or 0))]) == 0
+    return run
+
+
 @pytest.mark.slow
-def test_digits_reach_their_accuracy(tmp_path: Path, capsys) -> None:
-    assert main(["train", "digits", "--out", str(tmp_path), "--workers", str(min(1, os.cpu_count() or 0))]) == 0
-    assert float(capsys.readouterr().out.split("best: ")[1].split(" %")[0]) >= 97
+@pytest.mark.parametrize("runtime", ["onnx", "onnx-int8", "openvino-bfloat16", "bfloat16", "int8"])
+def test_digits_reach_their_accuracy_in_all_numbers(digits: Path, runtime: str) -> None:
+    options = recipe.Recipe(
+        **recipe.read(str(digits / "args.yaml")) | {"weights": str(digits / "best.safetensors"), "workers": 0}
+    )
+    _, samples, classes = data.load(options)
+    model = build(options, len(classes), new_classifier=False).eval()
+    loader = data.validation_loader(samples, options, data.data_config(options, model), len(samples))
+    images, labels = next(iter(loader))
+    exact, found = (
+        out.argmax(1).eq(labels).float().mean() for out in (model(images), RUNTIMES[runtime](model, images)())
+    )
+    assert exact >= 0.97
+    assert found >= exact - 0.003
