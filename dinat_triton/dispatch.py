@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 # In order of preference: a call that names no backend takes the first that can run it.
@@ -49,6 +50,10 @@ def current_backend() -> str | None:
     if name is not None:
         _check_name(name, ENVIRONMENT)
     return name
+
+
+if torch.__version__ < "2.14":  # it cannot trace context variables: a graph keeps what it was compiled with
+    current_backend = torch.compiler.assume_constant_result(current_backend)
 
 
 def resolve(name: str | None, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> str:

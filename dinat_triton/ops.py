@@ -148,6 +148,8 @@ def opened(
     """The op `na` as a graph of plain torch operations, for exporters: nothing of this package is left in it."""
     if dropout_p > 0:
         raise ValueError(f"dropout_p must be 0 in a model that is exported, got {dropout_p}: call its eval() first")
+    if torch.__version__ < "2.14":  # it would lose the tensors that are made here
+        raise RuntimeError(f"an export needs torch 2.14 or later, got {torch.__version__}")
     scale = qkv[0].shape[-1] ** -0.5 if scale is None else scale
 
     def attend(qkv, geometry, seed):

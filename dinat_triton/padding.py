@@ -21,7 +21,7 @@ def pad_to_span(x: Tensor, span: list[int], channels: int) -> Tensor:
     if x.dim() != len(span) + 2 or x.shape[-1] != channels:
         raise ValueError(f"x must be [batch, {len(span)} map axes, {channels} channels], got shape {x.shape}")
     if not torch.jit.is_scripting() and torch.compiler.is_compiling():
-        return _resize_in_graph(x, [torch.sym_max(n, least) for n, least in zip(x.shape[1:-1], span, strict=True)])
+        return _resize_in_graph(x, [_at_least(n, least) for n, least in zip(x.shape[1:-1], span, strict=True)])
     amounts = [0, 0]
     short = False
     for axis in range(len(span), 0, -1):
@@ -38,6 +38,12 @@ def crop_like(x: Tensor, like: Tensor) -> Tensor:
     for axis in range(1, like.dim() - 1):
         x = x.narrow(axis, 0, like.shape[axis])
     return x
+
+
+def _at_least(n, least):
+    if statically_known_true(n >= least):
+        return n
+    return least if statically_known_true(n <= least) else torch.sym_max(n, least)
 
 
 def _resize_in_graph(x, shape):

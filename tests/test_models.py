@@ -172,7 +172,7 @@ def test_initialisation_is_the_authors_and_repeatable():
         for name, parameter in model.named_parameters():
             if name.endswith(".rpb") or (parameter.ndim == 2 and name.endswith("weight")):
                 assert parameter.std().item() == pytest.approx(0.02, rel=0.1), name
-                assert parameter.mean().abs().item() < 4 * 0.02 / math.sqrt(parameter.numel()), name
+                assert parameter.mean().abs().item() < 5 * 0.02 / math.sqrt(parameter.numel()), name
             elif "norm" in name and name.endswith("weight"):
                 assert (parameter == 1).all(), name
             elif parameter.ndim == 1 and "patch_embed.proj" not in name:
@@ -212,7 +212,7 @@ def test_low_precision():
 
 @pytest.mark.parametrize("name", ["dinat_mini", "dinat_s_tiny"])
 def test_every_parameter_gets_a_gradient_under_autocast(name):
-    model = small(name, layer_scale=0.1)
+    model = small(name, layer_scale=0.1, drop_path_rate=0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(torch.randn(2, 3, 64, 64)).float().square().mean()
     loss.backward()
