@@ -16,7 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 import dinat_triton as dt
-from dinat_triton import plots
+from dinat_triton import plots, tiled
+from dinat_triton.distributed import exchange
+from dinat_triton.distributed import shares as sharing
 from dinat_triton.distributed.shares import CLASSES, HALO, chunks, shares
 from dinat_triton.geometry import BORDERS
 from tests.oracles.cases import NA, Case, make_case
@@ -50,6 +52,29 @@ def test_windows_of_a_share_are_those_of_the_map(scheme: str) -> None:
             assert [part.positions[part.axis.seen_at(query)].tolist() for query in part.queries] == seen
             assert (part.positions[part.slots] == part.needed[part.sources]).all()
             assert part.needed.tolist() == sorted({key for window in seen for key in window})
+
+
+def test_queries_that_see_only_keys_of_their_rank_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(1)
+    monkeypatch.setattr(sharing, "MOST_WORK_OF_A_SPLIT", 1000)
+    for _ in range(200):
+        one, ranks = sample(rng, 1, max_tokens=60, borders=BORDERS), rng.randint(2, 5)
+        (axis,) = dt.Geometry(one.shape, **one.kwargs()).axes
+        for own in chunks(axis.size, ranks):
+            split = sharing.split_share(axis, own)
+            inside = [set(axis.seen_at(int(position))) <= set(own) for position in own]
+            if split is None:
+                assert all(inside) or not any(inside)
+                continue
+            assert np.array_equal(np.concatenate([share.owned for share in split if share]), own)
+            first, count = len(split[0].owned) if split[0] else 0, len(split[1].owned)
+            assert all(inside[first : first + count])
+
+
+@pytest.mark.parametrize(("length", "is_split"), [(10, False), (41, False), (42, True)])
+def test_a_rank_with_few_rows_computes_them_at_once(length: int, is_split: bool) -> None:
+    (axis,) = dt.Geometry((4 * length,), 7).axes
+    assert (sharing.split_share(axis, np.arange(length, 2 * length)) is not None) == is_split
 
 
 @pytest.mark.parametrize("scheme", [HALO, CLASSES])
@@ -123,6 +148,7 @@ def foreseen(case: Case, mesh: DeviceMesh, placements: list[Placement]) -> int:
 
 
 def compare(cases: int, first: int) -> None:
+    sharing.MOST_WORK_OF_A_SPLIT = 1000  # whatever it costs
     meshes = [DeviceMesh("cpu", torch.arange(prod(shape)).view(shape)) for shape in MESHES]
     for number in range(first, first + cases):
         rng = random.Random(number)
@@ -142,6 +168,42 @@ def compare(cases: int, first: int) -> None:
         for dim in range(mesh.ndim):
             dist.all_reduce(received, group=mesh.get_group(dim))
         assert received[0] == 2 * received[1], (received, case.sample, placements)
+
+
+def overlap() -> None:
+    """What the rank in the middle does, in its order: there and back it computes while keys or gradients are moved."""
+    mesh, events = DeviceMesh("cpu", torch.arange(3)), []
+    torch.manual_seed(0)
+    maps = [torch.randn(1, 60, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    parts = [distribute_tensor(x.detach(), mesh, [Shard(1)], src_data_rank=None).requires_grad_() for x in maps]
+
+    def told(event: str, function: Callable) -> Callable:
+        def tell(*args, **kwargs):
+            events.append(event)
+            return function(*args, **kwargs)
+
+        return tell
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiled, "forward", told("attend", tiled.forward))
+        patch.setattr(tiled, "backward", told("attend", tiled.backward))
+        patch.setattr(dist, "all_to_all_single", told("send", dist.all_to_all_single))
+        patch.setattr(exchange._Transit, "receive", told("receive", exchange._Transit.receive))
+        out = dt.na1d(*parts, 3, backend="tiled")
+        there = events.copy()
+        events.clear()
+        grads = torch.autograd.grad(out.full_tensor().sin().sum(), parts)
+    if dist.get_rank() == 1:
+        assert there == ["send", "attend", "receive", "attend", "attend"]
+        assert events == ["attend", "attend", "send", "attend", "receive"]
+    exact = dt.na1d(*maps, 3, backend="reference")
+    torch.testing.assert_close(out.full_tensor(), exact)
+    for found, expected in zip(grads, torch.autograd.grad(exact.sin().sum(), maps), strict=True):
+        torch.testing.assert_close(found.full_tensor(), expected)
+
+
+def test_queries_inside_a_part_are_computed_while_keys_are_sent() -> None:
+    in_a_group(3, overlap)
 
 
 def test_sharded_maps_equal_whole_ones() -> None:

@@ -1,20 +1,25 @@
-"""Attention on the local part of a sharded map: fetch what windows need, attend on a small map, send outputs back."""
+"""Attention on the local part of a sharded map: fetch what windows need, attend on small maps, send outputs back.
+
+Queries that see none but the rank's own keys are computed while the others' keys are on their way.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from dinat_triton import functional
 from dinat_triton.distributed.costs import cheapest, token
-from dinat_triton.distributed.exchange import Route, exchange, route
-from dinat_triton.distributed.shares import CLASSES, Share, chunks, shares
-from dinat_triton.geometry import BORDERS, Axis, Geometry, geometry_of
+from dinat_triton.distributed.exchange import Route, depart, exchange, route
+from dinat_triton.distributed.shares import CLASSES, HALO, Share, chunks, shares, split_share
+from dinat_triton.geometry import BORDERS, Axis, Geometry, IntArray, geometry_of
 
 
 @dataclass(frozen=True)
@@ -26,16 +31,73 @@ class Cut:
     rank: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Some of a rank's queries along one axis, and the keys that they read.
+
+    Attributes:
+        share: The small axis on which they are computed.
+        first: The first of them, among the rank's queries.
+        slots: Tokens of the small axis whose keys are read.
+        sources: Where these are among the keys that the rank has by then.
+    """
+
+    share: Share
+    first: int
+    slots: Tensor
+    sources: Tensor
+
+    @staticmethod
+    def of(share: Share, queries: IntArray, keys: IntArray, device: torch.device) -> Piece:
+        """The piece of a rank that has these queries and keys."""
+        first = int(np.searchsorted(queries, share.owned[0])) if len(share.queries) else 0
+        sources = np.searchsorted(keys, share.needed)[share.sources]
+        return Piece(share, first, *(torch.as_tensor(places, device=device) for places in (share.slots, sources)))
+
+    def queries_of(self, query: Tensor, dim: int) -> Tensor:
+        """The queries, with zeros for tokens of the small axis whose outputs do not count."""
+        counted = self.share.queries
+        padding = [counted.start, self.share.axis.size - counted.stop]
+        query = query.narrow(dim, self.first, len(counted))
+        return torch.nn.functional.pad(query, [0, 0] * (query.ndim - 1 - dim) + padding) if any(padding) else query
+
+    def keys_of(self, x: Tensor, dim: int) -> Tensor:
+        """The keys at tokens of the small axis that some query sees, and zeros elsewhere."""
+        if self.share.reads_all and x.shape[dim] == len(self.slots):
+            return x
+        shape = [*x.shape[:dim], self.share.axis.size, *x.shape[dim + 1 :]]
+        return x.new_zeros(shape).index_copy(dim, self.slots, x.index_select(dim, self.sources))
+
+
+@dataclass(frozen=True, eq=False)
 class Part:
-    """What this rank does about one sharded axis: its share, and the moves to it and back."""
+    """What this rank does about one sharded axis.
+
+    Attributes:
+        dim: The axis, in tensors.
+        group: The ranks that share it.
+        scheme: "halo" or "classes".
+        there: The move of keys to where they are read; of queries too with classes.
+        back: The move of outputs to where they belong.
+        whole: All queries of this rank.
+        inner: Those that need none of the move, if they are worth being computed apart.
+        ends: The others, before and after these.
+    """
 
     dim: int
+    group: dist.ProcessGroup
     scheme: str
-    share: Share
     there: Route
     back: Route
-    group: dist.ProcessGroup
+    whole: Piece
+    inner: Piece | None
+    ends: tuple[Piece | None, ...]
+
+    def depart(self, tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
+        """Starts the move of query, key and value; the function that it returns waits for the end."""
+        moved = tensors if self.scheme == CLASSES else tensors[1:]
+        arrive = depart(moved, self.dim, self.there, self.group)
+        return lambda: [*tensors[: len(tensors) - len(moved)], *arrive()]
 
 
 @torch.compiler.disable
@@ -51,7 +113,7 @@ def attend(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Attends on the local parts of a map. Every rank that shares the map has to call it.
 
     Args:
@@ -65,24 +127,50 @@ def attend(
         scale, dropout_p, return_lse, backend: As `na2d` has them.
     """
     parts = _parts(query, key, value, geometry_of(shape, tuple(window)), cuts, return_lse)
-    for part in parts:
-        if part.scheme == CLASSES:
-            query, key, value = exchange([query, key, value], part.dim, part.there, part.group)
-        else:
-            key, value = exchange([key, value], part.dim, part.there, part.group)
-    for part in parts:
-        query = _padded(query, part)
-        key, value = _spread(key, part), _spread(value, part)
-    small = _small(window, parts, len(shape))
-    out, lse = functional.attend([query, key, value], small, rpb, scale, dropout_p, return_lse, backend)
-    outputs = [out, lse] if return_lse else [out]
-    for part in parts:
-        outputs = [x.narrow(part.dim, part.share.queries.start, len(part.share.queries)) for x in outputs]
+    tensors = [query, key, value]
+
+    def compute(pieces: list[Piece]) -> list[Tensor]:
+        own, small = tensors, list(window)
+        for part, piece in zip(parts, pieces, strict=True):
+            query, *read = own
+            own = [piece.queries_of(query, part.dim), *(piece.keys_of(x, part.dim) for x in read)]
+            # Only its dilation and its border can differ from those of the whole axis.
+            small[2 * len(shape) + part.dim - 1] = piece.share.axis.dilation
+            small[4 * len(shape) + part.dim - 1] = BORDERS.index(piece.share.axis.border)
+        outputs = [*functional.attend(own, small, rpb, scale, dropout_p, return_lse, backend)][: 1 + return_lse]
+        for part, piece in zip(parts, pieces, strict=True):
+            counted = piece.share.queries
+            outputs = [x.narrow(part.dim, counted.start, len(counted)) for x in outputs]
+        return outputs
+
+    outputs: list[Tensor] | None = None
+    for number in range(len(parts) + 1):
+        arrive = parts[number].depart(tensors) if number < len(parts) else None
+        outputs = _further(outputs, parts[:number], parts[number:], compute)
+        if arrive is not None:
+            tensors = arrive()
+    assert outputs is not None
     for part in reversed(parts):
         if part.scheme == CLASSES:
             # Apart, because the log-sum-exp is wider than a narrow output.
             outputs = [exchange([x], part.dim, part.back, part.group)[0] for x in outputs]
-    return outputs[0], outputs[1] if return_lse else lse
+    return outputs[0], outputs[1] if return_lse else None
+
+
+def _further(
+    outputs: list[Tensor] | None, arrived: list[Part], awaited: list[Part], compute: Callable[..., list[Tensor]]
+) -> list[Tensor] | None:
+    """Outputs of all queries that need none of the moves that are awaited; before the last arrival they were these."""
+    inner = [part.inner for part in awaited]
+    if None in inner:
+        return None
+    if not arrived:
+        return compute(inner)
+    whole, last = [part.whole for part in arrived[:-1]], arrived[-1]
+    if outputs is None:
+        return compute([*whole, last.whole, *inner])
+    before, after = ([] if end is None else [compute([*whole, end, *inner])] for end in last.ends)
+    return [torch.cat(pieces, last.dim) for pieces in zip(*before, outputs, *after, strict=True)]
 
 
 def _parts(
@@ -94,43 +182,19 @@ def _parts(
     parts = []
     for number, (axis, cut, scheme) in enumerate(zip(geometry.axes, cuts, schemes, strict=True)):
         if cut is not None and cut.ranks > 1:
-            share, there, back = _moves(axis, cut.ranks, scheme, cut.rank, query.device)
-            parts.append(Part(1 + number, scheme, share, there, back, cut.group))
+            own = _pieces(axis, cut.ranks, scheme, cut.rank, query.device)
+            parts.append(Part(1 + number, cut.group, scheme, *own))
     return parts
 
 
 @lru_cache(maxsize=512)
-def _moves(axis: Axis, ranks: int, scheme: str, rank: int, device: torch.device) -> tuple[Share, Route, Route]:
-    """A rank's share of an axis, the move of what it reads, and the move of what it computes to where that belongs."""
-    all_shares, own = shares(axis, ranks, scheme), chunks(axis.size, ranks)
-    there = route(own, [share.needed for share in all_shares], rank, device)
-    back = route([share.owned for share in all_shares], own, rank, device)
-    return all_shares[rank], there, back
-
-
-def _padded(query: Tensor, part: Part) -> Tensor:
-    """Queries with zeros for those tokens of the share whose outputs do not count."""
-    before, after = part.share.queries.start, part.share.axis.size - part.share.queries.stop
-    if before == after == 0:
-        return query
-    behind = query.ndim - 1 - part.dim
-    return torch.nn.functional.pad(query, [0, 0] * behind + [before, after])
-
-
-def _spread(x: Tensor, part: Part) -> Tensor:
-    """Keys at those tokens of the share that some query sees, and zeros elsewhere."""
-    share = part.share
-    if share.reads_all:
-        return x
-    slots, sources = (torch.as_tensor(places, device=x.device) for places in (share.slots, share.sources))
-    shape = [*x.shape[: part.dim], share.axis.size, *x.shape[part.dim + 1 :]]
-    return x.new_zeros(shape).index_copy(part.dim, slots, x.index_select(part.dim, sources))
-
-
-def _small(window: Sequence[int], parts: list[Part], rank: int) -> list[int]:
-    """The window on the small map; only its dilation and its border can differ."""
-    small = list(window)
-    for part in parts:
-        small[2 * rank + part.dim - 1] = part.share.axis.dilation
-        small[4 * rank + part.dim - 1] = BORDERS.index(part.share.axis.border)
-    return small
+def _pieces(axis: Axis, ranks: int, scheme: str, rank: int, device: torch.device) -> tuple[Any, ...]:
+    """What `Part` says of an axis, wherever that is in a tensor."""
+    all_shares, chunked = shares(axis, ranks, scheme), chunks(axis.size, ranks)
+    there = route(chunked, [share.needed for share in all_shares], rank, device)
+    back = route([share.owned for share in all_shares], chunked, rank, device)
+    share, own = all_shares[rank], chunked[rank]
+    whole = Piece.of(share, share.owned, share.needed, device)
+    before, inner, after = (scheme == HALO and split_share(axis, own)) or (None,) * 3
+    ends = tuple(end and Piece.of(end, own, share.needed, device) for end in (before, after))
+    return there, back, whole, inner and Piece.of(inner, own, own, device), ends

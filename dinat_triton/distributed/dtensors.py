@@ -42,7 +42,7 @@ def na(
     q, k, v = (x.to_local() for x in (query, key, value))
     out, lse = attend(q, k, v, shape, flat, _cuts(query, rank), local_rpb, **options)
     outs = _distributed(out, query, (*query.shape[:-1], value.shape[-1]))
-    return outs, _distributed(lse, query, tuple(query.shape[:-1])) if options["return_lse"] else None
+    return outs, None if lse is None else _distributed(lse, query, tuple(query.shape[:-1]))
 
 
 def _problem(

@@ -6,7 +6,7 @@ gradient is the transposed move; what comes from several ranks is added in their
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -63,46 +63,80 @@ def route(owned: Sequence[IntArray], wanted: Sequence[IntArray], rank: int, devi
 @torch.compiler.disable
 def exchange(tensors: Sequence[Tensor], dim: int, route: Route, group: dist.ProcessGroup) -> list[Tensor]:
     """Moves tensors of one dtype along their axis `dim` in one collective. Every rank of the group has to call it."""
-    return list(_Exchange.apply(dim, route, group, *tensors))
+    return depart(tensors, dim, route, group)()
 
 
-class _Exchange(torch.autograd.Function):
+def depart(tensors: Sequence[Tensor], dim: int, route: Route, group: dist.ProcessGroup) -> Callable[[], list[Tensor]]:
+    """Begins the same move; the function that it returns waits for the end.
+
+    What is computed in between overlaps with the move. Its gradients overlap with the move of the others, as autograd
+    takes first what came last.
+    """
+    transit = _Transit(dim, group)
+    ticket = _Depart.apply(transit, route, *tensors)
+    return lambda: list(_Arrive.apply(transit, route, ticket))
+
+
+class _Depart(torch.autograd.Function):
+    """Sends tensors; its backward receives their gradients. An empty ticket ties it to what arrives."""
+
     @staticmethod
-    def forward(ctx, dim, route, group, *tensors):
-        ctx.dim, ctx.route, ctx.group = dim, route, group
-        return tuple(_move(tensors, dim, route, group))
+    def forward(ctx, transit, route, *tensors):
+        ctx.transit = transit
+        transit.send(tensors, route)
+        return tensors[0].new_empty(0)
+
+    @staticmethod
+    def backward(ctx, _ticket):
+        return None, None, *ctx.transit.receive()
+
+
+class _Arrive(torch.autograd.Function):
+    """Receives tensors; its backward sends their gradients."""
+
+    @staticmethod
+    def forward(ctx, transit, route, ticket):
+        ctx.transit, ctx.route = transit, route
+        return tuple(transit.receive())
 
     @staticmethod
     def backward(ctx, *grads):
-        return None, None, None, *_move(grads, ctx.dim, ctx.route.transposed(), ctx.group)
+        ctx.transit.send(grads, ctx.route.transposed())
+        return None, None, grads[0].new_empty(0)
 
 
-def _move(tensors: Sequence[Tensor], dim: int, route: Route, group: dist.ProcessGroup) -> list[Tensor]:
-    rank = dist.get_rank(group)
-    received = _swap(tensors, dim, route, rank, group)
-    received[rank] = [x.index_select(dim, route.sends[rank]) for x in tensors]
-    moved = [x.new_zeros(_resized(x, dim, route.wanted)) for x in tensors]
-    for parts, places in zip(received, route.receives, strict=True):
-        for whole, part in zip(moved, parts, strict=True):
-            whole.index_add_(dim, places, part)
-    return moved
+class _Transit:
+    """Tensors between `send` and `receive`; gradients go the same way back."""
 
+    def __init__(self, dim: int, group: dist.ProcessGroup):
+        self.dim, self.group, self.rank = dim, group, dist.get_rank(group)
 
-def _swap(tensors: Sequence[Tensor], dim: int, route: Route, rank: int, group: dist.ProcessGroup) -> list[list[Tensor]]:
-    """What each other rank sends to this one."""
-    others = [places if i != rank else places[:0] for i, places in enumerate(route.sends)]
-    shapes = [
-        [_resized(x, dim, len(places) if i != rank else 0) for x in tensors] for i, places in enumerate(route.receives)
-    ]
-    counts = [sum(map(prod, parts)) for parts in shapes]
-    if route.is_idle:
-        received = tensors[0].new_empty(0)
-    else:
+    def send(self, tensors: Sequence[Tensor], route: Route) -> None:
+        dim, rank = self.dim, self.rank
         per_token = sum(prod(_resized(x, dim, 1)) for x in tensors)
-        packed = torch.cat([x.index_select(dim, places).reshape(-1) for places in others for x in tensors])
-        received = packed.new_empty(sum(counts))
-        dist.all_to_all_single(received, packed, counts, [per_token * len(places) for places in others], group=group)
-    return [_unpack(chunk, parts) for chunk, parts in zip(received.split(counts), shapes, strict=True)]
+        sends, receives = (
+            [len(places) * per_token if i != rank else 0 for i, places in enumerate(side)]
+            for side in (route.sends, route.receives)
+        )
+        others = [places for i, places in enumerate(route.sends) if i != rank]
+        self.route, self.counts = route, receives
+        self.kept = [x.index_select(dim, route.sends[rank]) for x in tensors]
+        self.sent = torch.cat([x.index_select(dim, places).reshape(-1) for places in others for x in tensors])
+        self.received, self.work = self.sent.new_empty(sum(receives)), None
+        if not route.is_idle:
+            buffers = self.received, self.sent, receives, sends
+            self.work = dist.all_to_all_single(*buffers, group=self.group, async_op=True)
+
+    def receive(self) -> list[Tensor]:
+        if self.work is not None:
+            self.work.wait()
+        moved = [x.new_zeros(_resized(x, self.dim, self.route.wanted)) for x in self.kept]
+        for i, (load, places) in enumerate(zip(self.received.split(self.counts), self.route.receives, strict=True)):
+            shapes = [_resized(x, self.dim, len(places)) for x in self.kept]
+            for whole, part in zip(moved, self.kept if i == self.rank else _unpack(load, shapes), strict=True):
+                whole.index_add_(self.dim, places, part)
+        del self.kept, self.sent, self.received, self.work
+        return moved
 
 
 def _unpack(chunk: Tensor, shapes: list[list[int]]) -> list[Tensor]:

@@ -20,6 +20,8 @@ import numpy as np
 from dinat_triton.geometry import SHIFT, WRAP, Axis, IntArray
 
 WHOLE, HALO, CLASSES = "whole", "halo", "classes"
+# What a split may cost: tokens of its shares together, in tokens of the one that it replaces.
+MOST_WORK_OF_A_SPLIT = 1.25
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +102,25 @@ def halo_share(axis: Axis, own: IntArray) -> Share:
     return Share(small, positions, range(query, query + len(own)), needed, comb.slot(reached) - first, sources)
 
 
+def split_share(axis: Axis, own: IntArray) -> tuple[Share | None, ...] | None:
+    """Shares of the queries before, among and after those of a run that see none but the run's own keys.
+
+    None if that adds too much work, or if no query sees another key. At an end of the map, only one side may.
+    """
+    if len(own) == 0:
+        return None
+    _, residue, start, end = _windows(axis, own)
+    inside = (start * axis.dilation + residue >= own[0]) & ((end - 1) * axis.dilation + residue <= own[-1])
+    edges = np.concatenate(([-1], np.flatnonzero(~inside), [len(own)]))
+    longest = int(np.diff(edges).argmax())
+    runs = np.split(own, [edges[longest] + 1, edges[longest + 1]])
+    if len(runs[1]) in (0, len(own)):
+        return None
+    split = tuple(halo_share(axis, run) if len(run) else None for run in runs)
+    work = sum(share.axis.size for share in split if share is not None)
+    return split if work <= MOST_WORK_OF_A_SPLIT * halo_share(axis, own).axis.size else None
+
+
 def idle_share(axis: Axis) -> Share:
     """The share of a rank without queries."""
     nothing = np.arange(0)
@@ -112,21 +133,31 @@ def _reach(axis: Axis, queries: IntArray) -> tuple[IntArray, IntArray]:
 
     On an axis that wraps around, positions go on beyond both ends.
     """
-    index, residue = np.divmod(queries, axis.dilation)
-    length = -((residue - axis.size) // axis.dilation)
-    start, end = np.empty_like(index), np.empty_like(index)
-    for n in np.unique(length):
-        windows = axis.windows(int(n))
-        of_length = length == n
-        start[of_length], end[of_length] = (bound[index[of_length]] for bound in windows)
+    index, residue, start, end = _windows(axis, queries)
     seen = np.zeros(3 * axis.size, dtype=bool)  # this round of the axis and its neighbors
     for step in range(int((end - start).max())):
         member = start + step
         seen[(member * axis.dilation + residue)[member < end] + axis.size] = True
     group_end = index // axis.stride * axis.stride + axis.stride - 1
     if axis.border != WRAP:
-        group_end = np.minimum(group_end, length - 1)
+        group_end = np.minimum(group_end, _class_length(axis, residue) - 1)
     return np.flatnonzero(seen) - axis.size, group_end * axis.dilation + residue
+
+
+def _windows(axis: Axis, queries: IntArray) -> tuple[IntArray, ...]:
+    """Class index and residue of some queries, and the half-open interval of class indices that each sees."""
+    index, residue = np.divmod(queries, axis.dilation)
+    length = _class_length(axis, residue)
+    start, end = np.empty_like(index), np.empty_like(index)
+    for n in np.unique(length):
+        windows = axis.windows(int(n))
+        of_length = length == n
+        start[of_length], end[of_length] = (bound[index[of_length]] for bound in windows)
+    return index, residue, start, end
+
+
+def _class_length(axis: Axis, residue: IntArray) -> IntArray:
+    return -((residue - axis.size) // axis.dilation)
 
 
 @dataclass(frozen=True)
