@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
@@ -22,6 +23,8 @@ class HeadwiseParallel(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, MODULES):
             raise TypeError(f"HeadwiseParallel splits NeighborhoodAttention modules, got {type(module).__name__}")
+        if torch.__version__ < "2.14":  # its Linear cannot take weights whose parts are sharded each
+            raise RuntimeError(f"HeadwiseParallel needs torch 2.14 or later, got {torch.__version__}")
         parts, heads, dim = module.qkv_sizes
         if heads % device_mesh.size() != 0:
             raise ValueError(f"the mesh's {device_mesh.size()} processes must divide the module's {heads} heads")
