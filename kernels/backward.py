@@ -3,7 +3,7 @@
 With P the probabilities, dP = dO . v, delta = rowsum(P * dP) and dL the gradient of the log-sum-exp:
     dS = P * (dP - delta + dL),  dq = scale * dS . k,  dk = scale * dS^T . q,  dv = P^T . dO,  dbias = sum of dS
 
-Loops over batch items hoist nothing (disable_licm): the addresses they would keep cost registers that spill.
+Loops over batch items and heads hoist nothing (disable_licm): the addresses they would keep cost registers that spill.
 
 Closed tiles, whose columns no other tile reads, take one pass with five products. Others take two: tiles of queries for
 dq and the bias, then tiles of keys, on the transposed plan, for dk and dv.
@@ -27,11 +27,14 @@ from dinat_triton.kernels.primitives import (
     padded,
     pair_bias,
     read_bases,
+    read_column,
     read_columns,
     read_items,
+    read_row,
     read_rows,
     read_run,
     sees,
+    sees_pairs,
     shown_tokens,
     store_pair,
     store_tile,
@@ -40,9 +43,10 @@ from dinat_triton.kernels.primitives import (
 
 @triton.jit(do_not_specialize=RUNTIME)
 def closed_backward_kernel(
-    q, k, v, lse, grad_out, grad_lse, grad_q, grad_k, grad_v, grad_pairs, rpb, seed, key_mask, layout, guards, strides,
+    q, k, v, lse, grad_out, grad_lse, grad_q, grad_k, grad_v, grad_pairs, rpb, seed, key_mask, layout, strides,
     batch, batch_step, tokens, heads, bias_head, scale, keep_from: tl.uint32, keep_scale,
-    D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, LONG_AXIS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (runs * heads, batch splits), as the forward; the bias gradient of a program stays in registers."""
     runs, bases, rows, columns = layout
@@ -50,9 +54,9 @@ def closed_backward_kernel(
     head, tile_class, first, end, _ = read_run(runs, heads)
     first_item, end_item = read_items(batch, batch_step)
     row, col = tl.arange(0, ROWS), tl.arange(0, CHUNK)
-    row_off, row_code, row_first, row_last = read_rows(rows, tile_class, ROWS)
-    col_off, col_code, col_place = read_columns(columns, tile_class, 0, 1, CHUNK)
-    seen = sees(row_first[:, None], row_last[:, None], col_place[None, :], guards)
+    row_off, row_code, row_sight = read_rows(rows, tile_class, ROWS)
+    col_off, col_code, col_sight = read_columns(columns, tile_class, 0, 1, CHUNK)
+    seen = sees_pairs(row_sight, col_sight, LONG_AXIS)
     index = row_code[:, None] + col_code[None, :]
     bias = pair_bias(rpb, head * bias_head, index, seen, 1 / scale)  # [R, C]
     to_log2 = scale * LOG2E
@@ -103,10 +107,10 @@ def closed_backward_kernel(
 @triton.jit(do_not_specialize=RUNTIME)
 def query_backward_kernel(
     q, k, v, out, lse, grad_out, grad_lse, stats, grad_q, grad_pairs, bias_source, seed, key_mask,
-    layout, guards, strides,
+    layout, strides,
     batch, batch_step, tokens, heads, group, bias_head, max_chunks, scale, keep_from: tl.uint32, keep_scale,
-    D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, ALL_CHUNKS: tl.constexpr,
-    GRAD_QUERY: tl.constexpr, GRAD_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, LONG_AXIS: tl.constexpr,
+    ALL_CHUNKS: tl.constexpr, GRAD_QUERY: tl.constexpr, GRAD_BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Tiles of queries: dq and delta, and the bias gradient of one chunk, which stays in registers.
 
@@ -118,12 +122,12 @@ def query_backward_kernel(
     q_strides, k_strides, v_strides, dq_strides, do_strides = strides
     head, tile_class, first, end, chunks = read_run(runs, heads)
     first_item, end_item = read_items(batch, batch_step)
-    row_off, row_code, row_first, row_last = read_rows(rows, tile_class, ROWS)
+    row_off, row_code, row_sight = read_rows(rows, tile_class, ROWS)
     if ALL_CHUNKS:
         class_at = tl.multiple_of(head.to(tl.int64) * bias_head, 16) + tile_class * (ROWS * CHUNK) * max_chunks
     else:
-        col_off, col_code, col_place = read_columns(columns, tile_class, tl.program_id(2), max_chunks, CHUNK)
-        seen = sees(row_first[:, None], row_last[:, None], col_place[None, :], guards)
+        col_off, col_code, col_sight = read_columns(columns, tile_class, tl.program_id(2), max_chunks, CHUNK)
+        seen = sees_pairs(row_sight, col_sight, LONG_AXIS)
         index = row_code[:, None] + col_code[None, :]
         bias = pair_bias(bias_source, head * bias_head, index, seen, 1 / scale)  # [R, C]
     to_log2 = scale * LOG2E
@@ -157,12 +161,12 @@ def query_backward_kernel(
             dq_tile = tl.zeros((ROWS, padded(D)), tl.float32)
             for chunk in range(chunks if ALL_CHUNKS else 1):
                 if ALL_CHUNKS:
-                    col_off, _col_code, col_place = read_columns(columns, tile_class, chunk, max_chunks, CHUNK)
+                    col_off, _col_code, col_sight = read_columns(columns, tile_class, chunk, max_chunks, CHUNK)
                     col_tok = col_base + col_off
                 key_tok = shown_tokens(key_mask, i, tokens, col_tok)
                 k_tile = load_tile(k_place, key_tok, D)  # [C, D]
                 if ALL_CHUNKS:
-                    seen = sees(row_first[:, None], row_last[:, None], col_place[None, :], guards)
+                    seen = sees_pairs(row_sight, col_sight, LONG_AXIS)
                     chunk_at = class_at + chunk * (ROWS * CHUNK)
                     s = chunk_logits(q_tile, k_tile, bias_source, chunk_at, seen, PRECISION)
                 else:
@@ -191,9 +195,10 @@ def query_backward_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def key_backward_kernel(
-    q, k, v, grad_out, stats, grad_k, grad_v, table, seed, key_mask, layout, guards, strides,
+    q, k, v, grad_out, stats, grad_k, grad_v, table, seed, key_mask, layout, strides,
     batch, batch_step, tokens, heads, group, bias_head, max_chunks, scale, keep_from: tl.uint32, keep_scale,
-    D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, LONG_AXIS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Tiles of keys on the transposed plan: dk and dv, over the queries of every head that shares the key's.
 
@@ -203,7 +208,7 @@ def key_backward_kernel(
     q_strides, k_strides, v_strides, dk_strides, dv_strides, do_strides = strides
     kv_head, tile_class, first, end, chunks = read_run(runs, heads // group)
     first_item, end_item = read_items(batch, batch_step)
-    row_off, _row_code, row_first, row_last = read_rows(rows, tile_class, ROWS)
+    row_off, _row_code, row_sight = read_rows(rows, tile_class, ROWS)
     to_log2 = scale * LOG2E
     dropout = (seed, keep_from, keep_scale)
 
@@ -217,17 +222,17 @@ def key_backward_kernel(
             v_tile = load_tile(find_head(v, v_strides, i, kv_head), key_tok, DV)  # [R, DV]
             dk_tile = tl.zeros((ROWS, padded(D)), tl.float32)
             dv_tile = tl.zeros((ROWS, padded(DV)), tl.float32)
-            for head in range(kv_head * group, kv_head * group + group):
+            for head in tl.range(kv_head * group, kv_head * group + group, disable_licm=True):
                 class_at = tl.multiple_of(tl.cast(head, tl.int64) * bias_head, 16)
                 class_at += tile_class * (ROWS * CHUNK) * max_chunks
                 col_at = i * tokens * heads + head
                 for chunk in range(chunks):
-                    col_off, _col_code, col_place = read_columns(columns, tile_class, chunk, max_chunks, CHUNK)
+                    col_off, _col_code, col_sight = read_columns(columns, tile_class, chunk, max_chunks, CHUNK)
                     col_tok = col_base + col_off
                     q_tile = load_tile(find_head(q, q_strides, i, head), col_tok, D)  # [C, D]
                     do_tile = load_tile(find_head(grad_out, do_strides, i, head), col_tok, DV)  # [C, DV]
                     col_lse2, delta = load_pair(stats + 2 * col_at, col_tok, 2 * heads)
-                    seen = sees(row_first[:, None], row_last[:, None], col_place[None, :], guards)
+                    seen = sees_pairs(row_sight, col_sight, LONG_AXIS)
                     s = chunk_logits(k_tile, q_tile, table, class_at + chunk * (ROWS * CHUNK), seen, PRECISION)
                     s = hide_logits(s, key_mask, key_tok[:, None])
                     p = tl.exp2(s * to_log2 - col_lse2[None, :])
@@ -267,10 +272,10 @@ def sum_programs_kernel(
     tl.store(sums + (head.to(tl.int64) * tl.num_programs(1) + tile_class) * pairs + pair, total)
 
 
-@triton.jit(do_not_specialize=["guards", "classes", "offsets", "span"])
+@triton.jit(do_not_specialize=["classes", "offsets", "span"])
 def fold_bias_kernel(
-    sums, grad_rpb, rows, columns, entry_column, row_column, guards, classes, offsets, span,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    sums, grad_rpb, rows, columns, entry_column, row_column, classes, offsets, span,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, LONG_AXIS: tl.constexpr,
 ):  # fmt: skip
     """Adds up the pairs of each bias entry, in a fixed order. Grid (offsets, heads).
 
@@ -280,17 +285,15 @@ def fold_bias_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, classes * ROWS, BLOCK):
         n = start + tl.arange(0, BLOCK)
+        exists = n < classes * ROWS
+        n = tl.where(exists, n, 0)
         tile_class, row = n // ROWS, n % ROWS
-        exists = tile_class < classes
-        col = tl.load(entry_column + tile_class * offsets + offset, mask=exists, other=-1)
-        col += tl.load(row_column + n, mask=exists, other=0)
+        col = tl.load(entry_column + tile_class * offsets + offset) + tl.load(row_column + n)
         exists &= (col >= 0) & (col < span)
-        row_at = rows + tile_class * (4 * ROWS) + row
-        col_at = columns + tile_class * (3 * span) + col
-        row_first = tl.load(row_at + 2 * ROWS, mask=exists, other=0)
-        row_last = tl.load(row_at + 3 * ROWS, mask=exists, other=0)
-        exists &= sees(row_first, row_last, tl.load(col_at + 2 * span, mask=exists, other=0), guards)
-        index = tl.load(row_at + ROWS, mask=exists, other=0) + tl.load(col_at + span, mask=exists, other=0)
+        col = tl.where(exists, col, 0)
+        _row_off, row_code, row_sight = read_row(rows, tile_class, row, ROWS)
+        _col_off, col_code, col_sight = read_column(columns, tile_class, col, span)
+        exists &= sees(row_sight, col_sight, LONG_AXIS) & (row_code + col_code == offset)
         pair = (head * classes * ROWS + n).to(tl.int64) * span + col
-        total += tl.load(sums + pair, mask=exists & (index == offset), other=0.0)
+        total += tl.load(sums + pair, mask=exists, other=0.0)
     tl.store(grad_rpb + head * offsets + offset, tl.sum(total, 0).to(grad_rpb.dtype.element_ty))

@@ -41,6 +41,8 @@ PASSES = ("forward", "closed_backward", "query_backward", "key_backward")
 # rate of exponentials, on the data-center GPUs alike.
 SCORES_PER_BYTE = 1.4
 ALL_REGISTERS = 255
+# Of tiles: with more, words could not tell who sees whom.
+MOST_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Config:
             value = getattr(self, name)
             if value < least or value & (value - 1):
                 raise ValueError(f"{name} must be a power of two of at least {least}, got {value}")
+        if self.rows > MOST_ROWS:
+            raise ValueError(f"rows must be at most {MOST_ROWS}, got {self.rows}")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from dinat_triton.kernels.primitives import (
     read_items,
     read_rows,
     read_run,
-    sees,
+    sees_pairs,
     shown_tokens,
     store_row,
     store_tile,
@@ -49,10 +49,10 @@ def attend(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def forward_kernel(
-    q, k, v, out, lse, bias_source, seed, key_mask, layout, guards, strides,
+    q, k, v, out, lse, bias_source, seed, key_mask, layout, strides,
     batch, batch_step, tokens, heads, group, bias_head, max_chunks, scale, keep_from: tl.uint32, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    LONG_AXIS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (runs * heads, batch splits): a program walks one run of tiles over its part of the batch.
 
@@ -63,10 +63,10 @@ def forward_kernel(
     q_strides, k_strides, v_strides = strides
     head, tile_class, first, end, chunks = read_run(runs, heads)
     first_item, end_item = read_items(batch, batch_step)
-    row_off, row_code, row_first, row_last = read_rows(rows, tile_class, ROWS)
+    row_off, row_code, row_sight = read_rows(rows, tile_class, ROWS)
     if ONE_CHUNK:
-        col_off, col_code, col_place = read_columns(columns, tile_class, 0, max_chunks, CHUNK)
-        seen = sees(row_first[:, None], row_last[:, None], col_place[None, :], guards)
+        col_off, col_code, col_sight = read_columns(columns, tile_class, 0, max_chunks, CHUNK)
+        seen = sees_pairs(row_sight, col_sight, LONG_AXIS)
         index = row_code[:, None] + col_code[None, :]
         bias = pair_bias(bias_source, head * bias_head, index, seen, 1 / scale)  # [R, C]
     else:
@@ -101,11 +101,11 @@ def forward_kernel(
                 )
             else:
                 for chunk in range(chunks):
-                    col_off, _col_code, col_place = read_columns(columns, tile_class, chunk, max_chunks, CHUNK)
+                    col_off, _col_code, col_sight = read_columns(columns, tile_class, chunk, max_chunks, CHUNK)
                     col_tok = col_base + col_off
                     key_tok = shown_tokens(key_mask, i, tokens, col_tok)
                     k_tile = load_tile(k_place, key_tok, D)  # [C, D]
-                    seen = sees(row_first[:, None], row_last[:, None], col_place[None, :], guards)
+                    seen = sees_pairs(row_sight, col_sight, LONG_AXIS)
                     chunk_at = class_at + chunk * (ROWS * CHUNK)
                     s = chunk_logits(q_tile, k_tile, bias_source, chunk_at, seen, PRECISION)
                     s = hide_logits(s, key_mask, key_tok[None, :])

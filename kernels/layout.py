@@ -25,31 +25,34 @@ from dinat_triton.plan import AxisTiles, Plan
 EMPTY = -(2**31)  # the offset of a slot without a token: negative from every base
 # Arrays begin at multiples of so many numbers, so that kernels can read them 16 bytes at a time.
 ALIGNMENT = 16
+# Bits of a word. All columns have the first of them and all rows the second; empty slots have all, so that nobody sees
+# them, and they see nobody.
+WORD_BITS, COLUMN_BIT, ROW_BIT = 32, 1, 2
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
     """Index arrays of a plan.
 
-    Columns are compared with the first and the last that a row sees on all axes at once. A word holds one field per
-    axis, each below a guard bit. With G all guards, a column's word is its place + G, a row's are first and last + 2 G:
-    differences of a column and both keep all guards exactly if the row sees the column.
+    A row sees a column if their words share no bit. On each axis a row has the bit of its window there, and a column
+    those of the windows that it is not in. One axis may have more windows than a word has bits: on that one a column's
+    place is compared with the row's first.
 
     Attributes:
-        rows: `[classes, 4, ROWS]`: offset or EMPTY, bias code, and the words of the first and last column seen.
-        columns: `[classes, 3, max_chunks * CHUNK]`: offset or EMPTY, bias code, and the word of the place. Their dtype
-            is that of all token addresses.
+        rows: `[classes, 5, ROWS]`: offset or EMPTY, bias code, word, first column and their number on the long axis.
+        columns: `[classes, 4, max_chunks * CHUNK]`: offset or EMPTY, bias code, word, and place on the long axis. Their
+            dtype is that of all token addresses.
         bases: `[tiles, 2]`: tokens from which offsets of rows and columns count, the tiles of a class in a row.
         runs: `[runs, 4]`: class, first tile, end, chunks. A program walks one run.
         first_run: `[classes + 1]`: where each class's runs begin.
-        guards: Of the words.
+        has_long_axis: Whether there is an axis that words leave out.
         distinct: `[classes]`: the number of each among the classes of all sizes.
     """
 
     plan: Plan | MapPlans
     distinct: IntArray
     max_chunks: int
-    guards: int
+    has_long_axis: bool
     rows: Tensor
     columns: Tensor
     bases: Tensor
@@ -88,12 +91,9 @@ def _lay_out(plan: Plan | MapPlans, tiles_per_run: int, wide: bool, device: torc
     sizes = _sizes(plan)
     most_rows, most_columns = plan.largest
     max_chunks = -(-most_columns // plan.chunk)
-    axes = zip(*(size.plan.axes for size in sizes), strict=True)
-    bits = [max(tiles.columns for axis in alike for tiles in axis).bit_length() for alike in axes]
-    *shifts, end = accumulate((n + 1 for n in bits), initial=0)
-    guards = sum(1 << (shift + n) for shift, n in zip(shifts, bits, strict=True))
-    rows = np.concatenate([_rows(size, plan.block or most_rows, shifts, guards) for size in sizes])
-    columns = np.concatenate([_columns(size, max_chunks * plan.chunk, shifts, guards) for size in sizes])
+    shifts = _shifts(sizes)
+    rows = np.concatenate([_rows(size, plan.block or most_rows, shifts) for size in sizes])
+    columns = np.concatenate([_columns(size, max_chunks * plan.chunk, shifts) for size in sizes])
     distinct, alike = _distinct(rows, columns) if len(sizes) > 1 else 2 * (np.arange(len(rows)),)
     owner, bases = _bases(sizes)
     owner = alike[owner]
@@ -101,8 +101,7 @@ def _lay_out(plan: Plan | MapPlans, tiles_per_run: int, wide: bool, device: torc
     chunks = -(-np.concatenate([size.plan.shapes[:, 2] for size in sizes]) // plan.chunk)
     runs, first_run = _runs(np.bincount(owner), chunks[distinct], tiles_per_run)
     arrays = (rows[distinct], columns[distinct], bases[order], runs, first_run)
-    dtype = np.int64 if wide or end > 31 else np.int32
-    return Layout(plan, distinct, max_chunks, guards, *_upload(arrays, dtype, device))
+    return Layout(plan, distinct, max_chunks, None in shifts, *_upload(arrays, np.int64 if wide else np.int32, device))
 
 
 # Passes of one call share layouts, and so do batches of many sizes.
@@ -120,32 +119,57 @@ def _distinct(rows: IntArray, columns: IntArray) -> tuple[IntArray, IntArray]:
     return np.unique(alike, return_index=True)[1], np.array(alike)
 
 
-def _rows(size: SizePlan, slots: int, shifts: list[int], guards: int) -> IntArray:
+def _windows(tiles: AxisTiles) -> IntArray:
+    """`[rows]`: the number of each row's window on an axis, counted over different windows."""
+    return np.append(0, np.cumsum((np.diff(tiles.first) != 0) | (np.diff(tiles.last) != 0)))
+
+
+def _windows_without(tiles: AxisTiles) -> IntArray:
+    """`[columns]`: of each column on an axis, the bits of the windows that it is not in."""
+    column, bits = np.arange(tiles.columns), 1 << _windows(tiles)
+    unseen = (column < tiles.first[:, None]) | (column > tiles.last[:, None])
+    return np.bitwise_or.reduce(np.where(unseen, bits[:, None], 0))
+
+
+def _shifts(sizes: tuple[SizePlan, ...]) -> list[int | None]:
+    """Where the bits of each axis begin in a word, behind one for columns and one for rows; None for a long axis."""
+    axes = zip(*(size.plan.axes for size in sizes), strict=True)
+    counts = [max(int(_windows(tiles)[-1]) + 1 for axis in alike for tiles in axis) for alike in axes]
+    long = counts.index(max(counts)) if 2 + sum(counts) > WORD_BITS else None
+    starts = accumulate((0 if axis == long else n for axis, n in enumerate(counts)), initial=2)
+    return [None if axis == long else start for axis, start in zip(range(len(counts)), starts, strict=False)]
+
+
+def _rows(size: SizePlan, slots: int, shifts: list[int | None]) -> IntArray:
     plan = size.plan
     places, filled = _places(plan, "rows", _kinds(plan)[:, :, None], np.arange(slots))
-    rows = np.zeros((4, *filled.shape), dtype=np.int64)
+    rows = np.zeros((5, *filled.shape), dtype=np.int64)
     steps = [d * stride for d, stride in zip(plan.geometry.dilation, size.token_strides, strict=True)]
     strides = steps, row_major_strides(plan.geometry.bias_shape)
     for axis, place, step, bias_stride, shift in zip(plan.axes, places, *strides, shifts, strict=True):
         number = np.concatenate([np.arange(tiles.rows) for tiles in axis])
         code, first, last = (_joined(axis, name) for name in ("row_code", "first", "last"))
-        rows += np.stack((number * step, code * bias_stride, first << shift, last << shift)).take(place, axis=1)
-    rows[3] += 2 * guards
-    return _padded(rows, filled, (EMPTY, 0, guards - 1, 2 * guards))
+        none, window = np.zeros_like(number), np.concatenate([_windows(tiles) for tiles in axis])
+        sight = (none, first, last - first + 1) if shift is None else (1 << shift + window, none, none)
+        rows += np.stack((number * step, code * bias_stride, *sight)).take(place, axis=1)
+    rows[2] += ROW_BIT
+    return _padded(rows, filled, (EMPTY, 0, -1, 0, 0))
 
 
-def _columns(size: SizePlan, slots: int, shifts: list[int], guards: int) -> IntArray:
+def _columns(size: SizePlan, slots: int, shifts: list[int | None]) -> IntArray:
     plan = size.plan
     places, filled = _places(plan, "columns", _kinds(plan)[:, :, None], np.arange(slots))
-    columns = np.zeros((3, *filled.shape), dtype=np.int64)
+    columns = np.zeros((4, *filled.shape), dtype=np.int64)
     strides = size.token_strides, row_major_strides(plan.geometry.bias_shape)
     for axis, place, stride, bias_stride, shift in zip(plan.axes, places, *strides, shifts, strict=True):
         number = np.concatenate([np.arange(tiles.columns) for tiles in axis])
         offset, code = (_joined(axis, name) for name in ("col_offset", "col_code"))
-        columns += np.stack((offset * stride, code * bias_stride, number << shift)).take(place, axis=1)
-    columns[2] += guards
-    # No row sees a place with all bits set: the last column of a row lies below.
-    return _padded(columns, filled, (EMPTY, 0, guards | (guards - 1)))
+        none = np.zeros_like(number)
+        unseen = none if shift is None else np.concatenate([_windows_without(tiles) for tiles in axis]) << shift
+        sight = unseen, number if shift is None else none
+        columns += np.stack((offset * stride, code * bias_stride, *sight)).take(place, axis=1)
+    columns[2] += COLUMN_BIT
+    return _padded(columns, filled, (EMPTY, 0, -1, 0))
 
 
 def _padded(fields: IntArray, filled: NDArray[np.bool_], empty: tuple[int, ...]) -> IntArray:

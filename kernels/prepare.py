@@ -187,10 +187,8 @@ def _table(problem: Problem, schedule: Schedule) -> Launch:
     classes, pairs = len(layout.rows), len(layout.rows) * layout.pairs
     block = min(1024, rows * chunk)
     grid = (rows * chunk // block, classes * layout.max_chunks, problem.heads)
-    options = {"ROWS": rows, "CHUNK": chunk, "BLOCK": block} | FUSION
-    arguments: Arguments = (
-        layout.rows, layout.columns, layout.guards, problem.geometry.num_offsets, layout.max_chunks
-    )  # fmt: skip
+    options = {"ROWS": rows, "CHUNK": chunk, "BLOCK": block, "LONG_AXIS": layout.has_long_axis} | FUSION
+    arguments: Arguments = (layout.rows, layout.columns, problem.geometry.num_offsets, layout.max_chunks)
     return Launch(table_kernel, grid, arguments, options, shape=(problem.heads, pairs))
 
 
@@ -201,11 +199,12 @@ def _folds(problem: Problem, schedule: Schedule) -> tuple[Launch, Launch]:
     offsets = problem.geometry.num_offsets
     first: Arguments = (layout.first_run, programs, splits, heads, pairs)
     span = layout.columns.shape[2]
-    then: Arguments = (layout.rows, layout.columns, *layout.entries, layout.guards, classes, offsets, span)
+    then: Arguments = (layout.rows, layout.columns, *layout.entries, classes, offsets, span)
     options = {"BLOCK": 256, "STEP": 16} | FUSION
     grid = (pairs // 256, classes, heads)
     over_programs = Launch(sum_programs_kernel, grid, first, options, shape=(heads, classes, pairs))
-    options = {"ROWS": layout.row_slots, "BLOCK": min(1024, padded(classes * layout.row_slots))} | FUSION
+    block = min(1024, padded(classes * layout.row_slots))
+    options = {"ROWS": layout.row_slots, "BLOCK": block, "LONG_AXIS": layout.has_long_axis} | FUSION
     return over_programs, Launch(fold_bias_kernel, (offsets, heads), then, options)
 
 
@@ -222,7 +221,6 @@ def _launch(
     layout = schedule.layout
     known: dict[str, Tensor | int | tuple] = {
         "layout": (layout.runs, layout.bases, layout.rows, layout.columns),
-        "guards": layout.guards,
         "strides": tuple(map(strides_of, places)),
         "batch": problem.batch,
         "batch_step": schedule.batch_step,

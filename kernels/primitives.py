@@ -7,11 +7,11 @@ are pointers. Tile values say their shape, `[R, C]` or `[R, D]`.
 Arguments of all kernels:
     layout: Index arrays of a plan: runs, bases, rows, columns.
     strides: Of each tensor of tokens, how far it is to the next batch item, token and head.
-    guards: Guard bits of the words that tell who sees whom.
     bias_head: Distance from one head's bias to the next.
     seed, keep_from, keep_scale: Dropout, if there is a seed.
     key_mask: `[batch, tokens]`, 0 where a key is hidden from all queries.
     D, DV: Channels of queries and keys, and of values.
+    LONG_AXIS: Whether words alone do not tell who sees whom.
 A kernel is compiled anew, without what would read it, where an optional tensor is None. Numbers stand alone unless each
 of their values may be worth a kernel of its own: Triton specializes on all numbers in a tuple.
 """
@@ -26,7 +26,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 # Where running maxima start, and finite, so that they never meet (-inf) - (-inf). Lower logits count as -inf.
 LOWEST = tl.constexpr(-1e30)
 # Arguments of which no value is worth a kernel of its own.
-RUNTIME = ["guards", "batch", "batch_step", "tokens", "heads", "group", "bias_head", "max_chunks", "keep_from"]
+RUNTIME = ["batch", "batch_step", "tokens", "heads", "group", "bias_head", "max_chunks", "keep_from"]
 
 padded = triton.constexpr_function(padded)
 
@@ -146,13 +146,23 @@ def pair_at(n, ROWS: tl.constexpr):
 
 
 @triton.jit
-def sees(row_first, row_last, col_place, guards):
-    """Which columns each row sees.
+def sees(row_sight, col_sight, LONG_AXIS: tl.constexpr):
+    """Whether rows see columns: their words share no bit, and on a long axis the row's window holds the column."""
+    row_word, first, count = row_sight
+    col_word, place = col_sight
+    seen = (row_word & col_word) == 0
+    if LONG_AXIS:
+        seen &= (place - first).to(tl.uint32) < count.to(tl.uint32)
+    return seen
 
-    A word holds one field per axis, each below a guard bit that its subtraction borrows from where a column lies before
-    the first or behind the last that a row sees on that axis.
-    """
-    return ((col_place - row_first) & (row_last - col_place) & guards) == guards
+
+@triton.jit
+def sees_pairs(row_sight, col_sight, LONG_AXIS: tl.constexpr):
+    """Which columns each row sees, `[R, C]`."""
+    word, first, count = row_sight
+    row_sight = word[:, None], first[:, None], count[:, None]
+    word, place = col_sight
+    return sees(row_sight, (word[None, :], place[None, :]), LONG_AXIS)
 
 
 @triton.jit
@@ -192,18 +202,31 @@ def read_items(batch, batch_step):
 
 
 @triton.jit
+def read_row(rows, tile_class, row, ROWS: tl.constexpr):
+    """Of some rows of a class: offset, bias code, and what `sees` compares."""
+    at = rows + tile_class * (5 * ROWS) + row
+    word, first, count = tl.load(at + 2 * ROWS), tl.load(at + 3 * ROWS), tl.load(at + 4 * ROWS)
+    return tl.load(at), tl.load(at + ROWS), (word.to(tl.int32), first.to(tl.int32), count.to(tl.int32))
+
+
+@triton.jit
+def read_column(columns, tile_class, column, span):
+    """The same of some columns of a class."""
+    at = columns + tile_class * (4 * span) + column
+    word, place = tl.load(at + 2 * span), tl.load(at + 3 * span)
+    return tl.load(at), tl.load(at + span), (word.to(tl.int32), place.to(tl.int32))
+
+
+@triton.jit
 def read_rows(rows, tile_class, ROWS: tl.constexpr):
-    """Of the rows of a class, `[R]` each: offset, bias code, and the first and the last column that each sees."""
-    at = rows + tile_class * (4 * ROWS) + tl.arange(0, ROWS)
-    return tl.load(at), tl.load(at + ROWS), tl.load(at + 2 * ROWS), tl.load(at + 3 * ROWS)
+    """`read_row` of all rows of a class, `[R]` each."""
+    return read_row(rows, tile_class, tl.arange(0, ROWS), ROWS)
 
 
 @triton.jit
 def read_columns(columns, tile_class, chunk, max_chunks, CHUNK: tl.constexpr):
-    """Of a chunk of a class's columns, `[C]` each: offset, bias code, and the place that `sees` compares."""
-    span = max_chunks * CHUNK
-    at = columns + tile_class * (3 * span) + chunk * CHUNK + tl.arange(0, CHUNK)
-    return tl.load(at), tl.load(at + span), tl.load(at + 2 * span)
+    """`read_column` of a chunk of a class's columns, `[C]` each."""
+    return read_column(columns, tile_class, chunk * CHUNK + tl.arange(0, CHUNK), max_chunks * CHUNK)
 
 
 @triton.jit
@@ -224,21 +247,19 @@ def drop(x, dropout, query_tok, key_tok, batch_head):
     return x
 
 
-@triton.jit(do_not_specialize=["guards", "offsets", "max_chunks"])
+@triton.jit(do_not_specialize=["offsets", "max_chunks"])
 def table_kernel(
-    rpb, table, rows, columns, guards, offsets, max_chunks, scale,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    rpb, table, rows, columns, offsets, max_chunks, scale,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, LONG_AXIS: tl.constexpr,
 ):  # fmt: skip
     """Writes the bias of all pairs, chunk by chunk of a tile class. Grid (blocks of a chunk, chunks, heads)."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tile_class, chunk = tl.program_id(1) // max_chunks, tl.program_id(1) % max_chunks
     row, col = pair_at(place, ROWS)
-    row_at = rows + tile_class * (4 * ROWS) + row
-    span = max_chunks * CHUNK
-    col_at = columns + tile_class * (3 * span) + chunk * CHUNK + col
-    index = tl.load(row_at + ROWS) + tl.load(col_at + span)
-    seen = sees(tl.load(row_at + 2 * ROWS), tl.load(row_at + 3 * ROWS), tl.load(col_at + 2 * span), guards)
+    _row_off, row_code, row_sight = read_row(rows, tile_class, row, ROWS)
+    _col_off, col_code, col_sight = read_column(columns, tile_class, chunk * CHUNK + col, max_chunks * CHUNK)
+    seen = sees(row_sight, col_sight, LONG_AXIS)
     head = tl.program_id(2)
-    bias = pair_bias(rpb, head * offsets, index, seen, 1 / scale)
+    bias = pair_bias(rpb, head * offsets, row_code + col_code, seen, 1 / scale)
     chunk_of_head = head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     tl.store(table + chunk_of_head * (ROWS * CHUNK) + place, bias)

@@ -117,6 +117,7 @@ def schedule_of(problem: Problem, name: str) -> Schedule:
         "DV": problem.value_dim,
         "ROWS": layout.row_slots,
         "CHUNK": plan.chunk,
+        "LONG_AXIS": layout.has_long_axis,
         "PRECISION": problem.precision,
         "num_warps": warps,
         "num_stages": config.stages,

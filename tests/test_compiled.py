@@ -29,6 +29,7 @@ CLOSED = Sample((14, 14), (7, 7), (2, 2), (1, 1), (False, False))
 SLIDING = Sample((9, 10), (5, 5), (1, 1), (1, 1), (False, False))
 RAGGED = Sample((15, 17), (3, 3), (2, 3), (1, 1), (False, False))
 CAUSAL = Sample((150,), (9,), (1,), (1,), (True,))
+LARGE = Sample((4, 6, 7), (3, 4, 5), (1, 1, 1), (2, 1, 3), (True, False, False))  # even, strided and causal
 WIDE = Sample((13, 13), (11, 11), (1, 1), (1, 1), (False, False), ("wrap", "clip"))
 
 
@@ -86,7 +87,7 @@ def test_float32_in_three_products(gpu: GPU, sample: Sample, tf32: None) -> None
     assert "mma" in {i.operation for each in gpu.launched for i in each.code}
 
 
-@pytest.mark.parametrize("sample", [CLOSED, SLIDING], ids=str)
+@pytest.mark.parametrize("sample", [CLOSED, SLIDING, LARGE], ids=str)
 def test_without_a_bias_and_with_grouped_heads(gpu: GPU, sample: Sample) -> None:
     case = make_case(sample, random.Random(4), heads=4, dims=(32, 32), biased=False)
     case.leaves[1:] = [x[..., :2, :] for x in case.leaves[1:]]

@@ -41,21 +41,21 @@ def test_a_corrupt_table_is_named_and_ignored(text: str, tables: Path) -> None:
 def test_the_user_goes_before_what_ships_and_the_exact_before_the_general(tables: Path) -> None:
     exact, chosen = "forward/32/16/56x56-k7x7-d8x8/256", []
 
-    def ship(rows: dict[str, int]) -> None:
-        shipped = {key: asdict(Config(rows=n)) for key, n in rows.items()}
+    def ship(chunks: dict[str, int]) -> None:
+        shipped = {key: asdict(Config(chunk=n)) for key, n in chunks.items()}
         (tables / "sm_77.json").write_text(json.dumps({"configs": shipped}))
 
-    def write(device: str, rows: dict[str, int]) -> None:
-        configs.user_table(device).update({key: asdict(Config(rows=n)) for key, n in rows.items()})
+    def write(device: str, chunks: dict[str, int]) -> None:
+        configs.user_table(device).update({key: asdict(Config(chunk=n)) for key, n in chunks.items()})
 
     def choose(geometry: Geometry | None = GEOMETRY, maps: int = 256) -> int:
         forget_tables()
-        return choose_config("forward", 32, 16, "sm_77", "Some GPU", geometry, maps).rows
+        return choose_config("forward", 32, 16, "sm_77", "Some GPU", geometry, maps).chunk
 
-    assert choose() == rule("forward", 32, 16).rows == 64
+    assert choose() == rule("forward", 32, 16).chunk == 32
     for step in (
         lambda: ship({"forward/32/16": 16}),
-        lambda: ship({"forward/32/16": 16, exact: 32}),
+        lambda: ship({"forward/32/16": 16, exact: 64}),
         lambda: write("sm_77", {"forward/32/16": 128}),
         lambda: write("sm_77", {exact: 256}),
         lambda: write("Some GPU", {"forward/32/16": 512}),
@@ -63,11 +63,11 @@ def test_the_user_goes_before_what_ships_and_the_exact_before_the_general(tables
     ):
         step()
         chosen.append(choose())
-    assert chosen == [16, 32, 128, 256, 512, 1024]
+    assert chosen == [16, 64, 128, 256, 512, 1024]
     assert choose(OTHER) == choose(None) == choose(GEOMETRY, maps=2048) == 512
     assert choose(GEOMETRY, maps=1024) == choose(GEOMETRY, maps=64) == 1024
     assert choose_config("forward", 64, 16, "sm_77", "Some GPU", GEOMETRY, 256) == rule("forward", 64, 16)
-    assert choose_config("forward", 32, 16, "sm_77", "Another GPU", GEOMETRY, 256).rows == 256
+    assert choose_config("forward", 32, 16, "sm_77", "Another GPU", GEOMETRY, 256).chunk == 256
 
 
 @pytest.mark.parametrize(("name", "bound"), [("sm_90", 168), ("gfx942", None)])

@@ -12,15 +12,17 @@ pytest.importorskip("triton")
 from dinat_triton.kernels.layout import EMPTY, Layout, layout_of
 
 CPU = torch.device("cpu")
-SAMPLES = sampling.samples(90, seed=8, max_tokens=150, borders=sampling.BORDERS)
+LONG = sampling.Sample((3, 40), (3, 9), (1, 1), (1, 1), (False, True))
+SAMPLES = [LONG, *sampling.samples(90, seed=8, max_tokens=150, borders=sampling.BORDERS)]
 
 
 def layouts() -> list[Layout]:
     found = []
     for number, sample in enumerate(SAMPLES):
         geometry = Geometry(sample.shape, **sample.kwargs())
+        tile = (40, 1, 2, 3, 5)[number % 5]
         for transposed in (False, True):
-            plan = Plan(geometry, (1 + number % 5,), chunk=16, transposed=transposed)
+            plan = Plan(geometry, (tile,), chunk=16, transposed=transposed)
             plan = Plan(geometry, plan.tile, plan.largest[0] + number % 3, 16, transposed)
             found.append(layout_of(plan, 1 + number % 4, False, CPU))
     return found
@@ -29,12 +31,15 @@ def layouts() -> list[Layout]:
 def pairs_of(layout: Layout) -> np.ndarray:
     """Bias index of every pair of every class, or MASKED, as the kernels work it out."""
     rows, columns = layout.rows.numpy(), layout.columns.numpy()
-    place, first, last = columns[:, 2, None, :], rows[:, 2, :, None], rows[:, 3, :, None]
-    seen = ((place - first) & (last - place) & layout.guards) == layout.guards
+    seen = rows[:, 2, :, None] & columns[:, 2, None, :] == 0
+    place = columns[:, 3, None, :] - rows[:, 3, :, None]
+    if layout.has_long_axis:
+        seen &= (place >= 0) & (place < rows[:, 4, :, None])
     return np.where(seen, rows[:, 1, :, None] + columns[:, 1, None, :], MASKED)
 
 
 def test_words_and_codes_give_the_bias_index_of_every_pair() -> None:
+    assert {layout.has_long_axis for layout in layouts()} == {False, True}
     for layout in layouts():
         for c, ours in zip(layout.plan.classes, pairs_of(layout), strict=True):
             rel = c.rel()

@@ -47,7 +47,7 @@ def multiply(machine: Machine, instruction: Instruction, to: str, a: Operand, b:
     if form == "hi":
         result >>= 32
     if form == "wide":
-        kind = exact
+        kind = f"{kind[0]}{2 * int(kind[1])}"
     machine.write(to, (result + machine.read(c, kind).astype(exact)).astype(kind))
 
 
