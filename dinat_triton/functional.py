@@ -81,15 +81,14 @@ def _public(rank: int):
             options |= {"rpb": rpb, "scale": scale, "dropout_p": dropout_p}
             options |= {"return_lse": return_lse, "backend": backend, "sizes": sizes, "key_mask": key_mask}
             return handle_torch_function(na, tensors, query, key, value, kernel_size, **options)
-        if _is_sharded(query, key, value, rpb):
+        if _is_sharded(*tensors):
             from dinat_triton.distributed import dtensors
 
             if sizes is not None:
                 raise ValueError(f"sizes must be None for DTensors, whose maps are all alike, got {sizes}")
-            if key_mask is not None:
-                raise ValueError(f"key_mask must be None for DTensors, got shape {tuple(key_mask.shape)}")
-            rest = {"rpb": rpb, "scale": scale, "dropout_p": dropout_p, "return_lse": return_lse, "backend": backend}
-            out, lse = dtensors.na(rank, query, key, value, kernel_size, stride, dilation, is_causal, border, **rest)
+            maps, windows = (query, key, value, key_mask), (kernel_size, stride, dilation, is_causal, border)
+            rest = {"scale": scale, "dropout_p": dropout_p, "return_lse": return_lse, "backend": backend}
+            out, lse = dtensors.na(rank, *maps, *windows, rpb=rpb, **rest)
             return out if lse is None else (out, lse)
         for name, x in (("query", query), ("key", key), ("value", value)):
             check_rank(name, x, rank, sizes is not None)

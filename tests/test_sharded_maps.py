@@ -103,7 +103,7 @@ class Counted:
 
 def random_case(rng: random.Random, mesh: DeviceMesh) -> tuple[Case, list[Placement]]:
     rank = rng.randint(max(1, mesh.ndim - 1), 3)
-    case = make_case(sample(rng, rank, borders=BORDERS), rng)
+    case = make_case(sample(rng, rank, borders=BORDERS), rng, masked=rng.random() < 0.3)
     dims = [*range(1, rank + 1)] * 3 + [0] + [rank + 1] * (rank == 1 and case.leaves[1].shape[-2] % mesh.size(0) == 0)
     cut: list[int] = []
     while len(cut) < mesh.ndim:
@@ -121,6 +121,9 @@ def run_sharded(case: Case, mesh: DeviceMesh, placements: list[Placement], backe
         for i, x in enumerate(case.leaves)
     ]
     options = case.sample.kwargs() | {"scale": case.scale, "rpb": leaves[3] if len(leaves) == 4 else None}
+    if case.key_mask is not None:
+        of_mask = [Replicate() if p == Shard(case.sample.rank + 1) else p for p in placements]
+        options["key_mask"] = distribute_tensor(case.key_mask, mesh, of_mask, src_data_rank=None)
     out, lse = NA[case.sample.rank](*leaves[:3], **options, return_lse=True, backend=backend)
     upstream = [distribute_tensor(x, mesh, placements, src_data_rank=None) for x in (case.grad_out, case.grad_lse)]
     grads = torch.autograd.grad([out, lse], leaves, upstream)
@@ -142,7 +145,7 @@ def foreseen(case: Case, mesh: DeviceMesh, placements: list[Placement]) -> int:
         else:
             ranks[placement.dim - 1], at[placement.dim - 1] = n, mine
     geometry = dt.Geometry(sample.shape, **sample.kwargs())
-    counts |= {"dim": query.shape[-1], "value_dim": value.shape[-1]}
+    counts |= {"dim": query.shape[-1], "value_dim": value.shape[-1], "has_key_mask": case.key_mask is not None}
     cost = dt.distributed.cost(geometry, ranks, **counts, dtype=torch.float64, return_lse=True)
     return int(cost.received[tuple(at)])
 
@@ -238,12 +241,16 @@ def refuse_alike() -> None:
         (r"key must have the dtype of query", (good, part(4, 2, torch.float64), good), {}),
         (r"key must have the dtype of query", (good, part(4, 2, [torch.float32, torch.float64][rank == 1]), good), {}),
         (r"value must be a DTensor", (good, good, torch.zeros(1, 12, 2, 4)), {}),
-        (r"value must have the placements of query", (good, good, whole(1, 12, 2, 4, placement=Shard(0))), {}),
+        (r"value must be placed with query", (good, good, whole(1, 12, 2, 4, placement=Shard(0))), {}),
         (r"query must be placed by Shard or Replicate, got P", (partial_sums,) * 3, {}),
         (r"query must not be sharded over the channels", (whole(1, 12, 2, 4, placement=Shard(3)),) * 3, {}),
         (r"key must have a multiple of 3 heads", (whole(1, 12, 4, 4, placement=Shard(2)),) * 3, {}),
         (r"kernel_size \* dilation must fit the map: 3 \* 5", (good,) * 3, {"dilation": 5}),
         (r"dilation must be alike on all ranks", (good,) * 3, {"dilation": 1 + rank // 2}),
+        (r"key_mask must be a DTensor", (good,) * 3, {"key_mask": torch.ones(1, 12) > 0}),
+        (r"key_mask must be a bool tensor", (good,) * 3, {"key_mask": whole(1, 12, placement=Shard(1))}),
+        (r"key_mask must be placed with query, by", (good,) * 3, {"key_mask": whole(1, 12, placement=Shard(0)) == 0}),
+        (r"sizes must be None for DTensors", (good,) * 3, {"sizes": [12]}),
         (r"rpb must be replicated", (good,) * 3, {"rpb": split_bias}),
         (r"rpb must have shape", (good,) * 3, {"rpb": bias[:, 1:]}),
         (r"dropout_p must be at least 0", (good,) * 3, {"dropout_p": 1.5}),

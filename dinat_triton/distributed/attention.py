@@ -94,7 +94,7 @@ class Part:
     ends: tuple[Piece | None, ...]
 
     def depart(self, tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
-        """Starts the move of query, key and value; the function that it returns waits for the end."""
+        """Starts the move of query, key, value and mask; the function that it returns waits for the end."""
         moved = tensors if self.scheme == CLASSES else tensors[1:]
         arrive = depart(moved, self.dim, self.there, self.group)
         return lambda: [*tensors[: len(tensors) - len(moved)], *arrive()]
@@ -113,6 +113,7 @@ def attend(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     backend: str | None = None,
+    key_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attends on the local parts of a map. Every rank that shares the map has to call it.
 
@@ -125,9 +126,12 @@ def attend(
         cuts: For each map axis how it is sharded, or None where every rank has all of it.
         rpb: Bias of the local heads.
         scale, dropout_p, return_lse, backend: As `na2d` has them.
+        key_mask: `[batch, *local map]`.
     """
-    parts = _parts(query, key, value, geometry_of(shape, tuple(window)), cuts, return_lse)
     tensors = [query, key, value]
+    if key_mask is not None:  # as a key of one channel, so that it goes where the others go
+        tensors.append(key_mask[..., None, None].to(key.dtype))
+    parts = _parts(tensors, geometry_of(shape, tuple(window)), cuts, return_lse)
 
     def compute(pieces: list[Piece]) -> list[Tensor]:
         own, small = tensors, list(window)
@@ -137,7 +141,9 @@ def attend(
             # Only its dilation and its border can differ from those of the whole axis.
             small[2 * len(shape) + part.dim - 1] = piece.share.axis.dilation
             small[4 * len(shape) + part.dim - 1] = BORDERS.index(piece.share.axis.border)
-        outputs = [*functional.attend(own, small, rpb, scale, dropout_p, return_lse, backend)][: 1 + return_lse]
+        shown = own[3][..., 0, 0] != 0 if len(own) > 3 else None
+        options = (rpb, scale, dropout_p, return_lse, backend, None, shown)
+        outputs = [*functional.attend(own[:3], small, *options)][: 1 + return_lse]
         for part, piece in zip(parts, pieces, strict=True):
             counted = piece.share.queries
             outputs = [x.narrow(part.dim, counted.start, len(counted)) for x in outputs]
@@ -173,11 +179,10 @@ def _further(
     return [torch.cat(pieces, last.dim) for pieces in zip(*before, outputs, *after, strict=True)]
 
 
-def _parts(
-    query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, cuts: tuple[Cut | None, ...], return_lse: bool
-) -> list[Part]:
+def _parts(tensors: list[Tensor], geometry: Geometry, cuts: tuple[Cut | None, ...], return_lse: bool) -> list[Part]:
+    query, key, value, *mask = tensors
     batch, heads, dim = max(len(query), 1), query.shape[-2], query.shape[-1]
-    of_token = token(batch, heads, dim, key.shape[-2], value.shape[-1], query.dtype, return_lse)
+    of_token = token(batch, heads, dim, key.shape[-2], value.shape[-1], query.dtype, return_lse, bool(mask))
     schemes = cheapest(geometry, tuple(cut.ranks if cut else 1 for cut in cuts), of_token).schemes
     parts = []
     for number, (axis, cut, scheme) in enumerate(zip(geometry.axes, cuts, schemes, strict=True)):

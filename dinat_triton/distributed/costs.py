@@ -18,7 +18,7 @@ from dinat_triton.geometry import Axis, Geometry, IntArray, broadcast_ints
 
 @dataclass(frozen=True)
 class Token:
-    """Bytes of one token of the whole batch: of its query, of its key and value, and of its outputs."""
+    """Bytes of one token of the whole batch: of its query, of its key, value and mask, and of its outputs."""
 
     query: int
     key_value: int
@@ -61,6 +61,7 @@ def cost(
     value_dim: int | None = None,
     dtype: torch.dtype = torch.float32,
     return_lse: bool = False,
+    has_key_mask: bool = False,
 ) -> Cost:
     """What the attention will move between ranks in a forward, by the scheme that it will take.
 
@@ -74,8 +75,9 @@ def cost(
         value_dim: Channels of a value; those of a key by default.
         dtype: Of the tensors.
         return_lse: Whether the log-sum-exp is returned too.
+        has_key_mask: Whether keys are masked; each then has a channel more.
     """
-    of_token = token(batch, heads, dim, kv_heads or heads, value_dim or dim, dtype, return_lse)
+    of_token = token(batch, heads, dim, kv_heads or heads, value_dim or dim, dtype, return_lse, has_key_mask)
     return cheapest(geometry, ranks_along(geometry, mesh), of_token)
 
 
@@ -97,10 +99,10 @@ def ranks_along(geometry: Geometry, mesh: DeviceMesh | int | Sequence[int]) -> t
 
 
 def token(
-    batch: int, heads: int, dim: int, kv_heads: int, value_dim: int, dtype: torch.dtype, return_lse: bool
+    batch: int, heads: int, dim: int, kv_heads: int, value_dim: int, dtype: torch.dtype, return_lse: bool, masked: bool
 ) -> Token:
     lse = torch.promote_types(dtype, torch.float32).itemsize if return_lse else 0
-    query, key_value = heads * dim, kv_heads * (dim + value_dim)
+    query, key_value = heads * dim, kv_heads * (dim + value_dim) + masked
     out = heads * (value_dim * dtype.itemsize + lse)
     return Token(batch * query * dtype.itemsize, batch * key_value * dtype.itemsize, batch * out)
 

@@ -8,30 +8,31 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from dinat_triton.checks import check_dropout, check_rank, check_rpb, check_scale, check_tensors
+from dinat_triton.checks import check_dropout, check_key_mask, check_rank, check_rpb, check_scale, check_tensors
 from dinat_triton.distributed.agreement import agree_once, check_local_part, form_of, local_shape
 from dinat_triton.distributed.attention import Cut, attend
 from dinat_triton.distributed.gradients import shared
 from dinat_triton.functional import window_of
 from dinat_triton.geometry import geometry_of
 
+Placements = tuple[Placement, ...]
+
 
 @torch.compiler.disable
 def na(
-    rank: int, query: Any, key: Any, value: Any, *window: Any, rpb: Tensor | None, **options: Any
+    rank: int, query: Any, key: Any, value: Any, key_mask: Any, *window: Any, rpb: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Attends on DTensors that are sharded alike, over batch, map axes or heads. So are the outputs.
 
     rank: Axes of the map.
-    query, key, value, rpb: As the public functions have them.
+    query, key, value, key_mask, rpb: As the public functions have them.
     window: kernel_size, stride, dilation, is_causal and border.
     options: The other arguments of the public functions.
     """
-    tensors = {"query": query, "key": key, "value": value}
-    if rpb is not None:
-        tensors["rpb"] = rpb
+    given = {"query": query, "key": key, "value": value, "key_mask": key_mask, "rpb": rpb}
+    tensors = {name: x for name, x in given.items() if x is not None}
     mesh = next(x.device_mesh for x in tensors.values() if isinstance(x, DTensor))
     names = ("kernel_size", "stride", "dilation", "is_causal", "border")
     alike = [*((name, form_of(x)) for name, x in tensors.items()), *zip(names, map(str, window), strict=True)]
@@ -39,8 +40,8 @@ def na(
     agree_once(mesh, (*alike, *options.items()), local, _problem(rank, tensors, mesh, window, options))
     shape, flat = tuple(query.shape[1 : 1 + rank]), window_of(rank, *window)
     local_rpb = None if rpb is None else _local_bias(rpb, query, rank)
-    q, k, v = (x.to_local() for x in (query, key, value))
-    out, lse = attend(q, k, v, shape, flat, _cuts(query, rank), local_rpb, **options)
+    q, k, v, local_mask = (x if x is None else x.to_local() for x in (query, key, value, key_mask))
+    out, lse = attend(q, k, v, shape, flat, _cuts(query, rank), local_rpb, key_mask=local_mask, **options)
     outs = _distributed(out, query, (*query.shape[:-1], value.shape[-1]))
     return outs, None if lse is None else _distributed(lse, query, tuple(query.shape[:-1]))
 
@@ -53,8 +54,11 @@ def _problem(
         query, key, value = (tensors[name] for name in ("query", "key", "value"))
         for name in ("query", "key", "value"):
             check_rank(name, tensors[name], rank)
-            _check_dtensor(name, tensors[name], query, mesh)
+            _check_dtensor(name, tensors[name], mesh, getattr(query, "placements", None))
         check_tensors(query, key, value)
+        if "key_mask" in tensors:
+            check_key_mask(tensors["key_mask"], query.shape[:-2], query.device)
+            _check_dtensor("key_mask", tensors["key_mask"], mesh, _without_heads(query, rank))
         check_scale(options["scale"])
         check_dropout(options["dropout_p"])
         flat = window_of(rank, *window)
@@ -68,14 +72,19 @@ def _problem(
     return None
 
 
-def _check_dtensor(name: str, x: Tensor, query: Tensor, mesh: DeviceMesh) -> None:
+def _check_dtensor(name: str, x: Tensor, mesh: DeviceMesh, placements: Placements | None) -> None:
     if not isinstance(x, DTensor):
         raise TypeError(f"{name} must be a DTensor, as other arguments are, got a {type(x).__name__}")
     if x.device_mesh != mesh:
         raise ValueError(f"{name} must be on the mesh of the other DTensors, {mesh}, got {x.device_mesh}")
-    if isinstance(query, DTensor) and x.placements != query.placements:
-        raise ValueError(f"{name} must have the placements of query, {query.placements}, got {x.placements}")
+    if placements is not None and x.placements != placements:
+        raise ValueError(f"{name} must be placed with query, by {placements}, got {x.placements}")
     check_local_part(name, x)
+
+
+def _without_heads(query: DTensor, rank: int) -> Placements:
+    """The placements of what has no heads, and is cut with the query."""
+    return tuple(Replicate() if placement == Shard(rank + 1) else placement for placement in query.placements)
 
 
 def _check_placements(query: DTensor, key: Tensor, rank: int) -> None:
