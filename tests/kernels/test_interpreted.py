@@ -61,7 +61,7 @@ def test_queries_that_see_nothing(sample: sampling.Sample, poisoned: None) -> No
 @pytest.mark.parametrize("sample", [CLOSED, MANY_CHUNKS, PARTIAL], ids=str)
 def test_key_masks(sample: sampling.Sample, poisoned: None) -> None:
     for biased in (True, False):
-        check(make_case(sample, random.Random(0), batch=2, biased=biased, dropout_p=0.2 * biased, masked=True))
+        check(make_case(sample, random.Random(0), heads=2, batch=2, biased=biased, dropout_p=0.2 * biased, masked=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
