@@ -5,6 +5,7 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -92,6 +93,25 @@ def composed() -> None:
     same(step(fully_shard(fully, mesh=mesh["data"]), part), expected)
 
 
+def compiled() -> None:
+    """All that lies between exchanges, in graphs; and in bfloat16, recomputed in the backward."""
+    mesh = init_device_mesh("cpu", (2,))
+    options = SMALL | {"depths": (2, 1), "num_heads": (2, 2), "dilations": [[1, 4], 1], "drop_path_rate": 0.0}
+    image = torch.randn(2, 3, 44, 36, dtype=torch.float64)
+    expected = step(model("dinat_mini", **options), image)
+    graphs = CompileCounterWithBackend("aot_eager")
+    whole_model = dt.distributed.shard_map(model("dinat_mini", **options), mesh)
+    whole_model.compile(backend=graphs)
+    same(step(whole_model, cut(image, mesh)), expected)
+    assert graphs.frame_count > 5
+
+    narrow = dt.distributed.shard_map(model("dinat_mini", **options).bfloat16(), mesh)
+    narrow.set_grad_checkpointing(True)
+    for name, value in step(narrow, cut(image.bfloat16(), mesh)).items():
+        error = (value - expected[name]).norm() / expected[name].norm()
+        assert error < 0.1, f"{name} is off by {error:.1e}"
+
+
 def features() -> None:
     mesh = init_device_mesh("cpu", (3,))
     options = SMALL | {"features_only": True, "feature_norms": True, "output_fmt": "NCHW"}
@@ -121,6 +141,11 @@ def test_the_family_on_parts_of_images() -> None:
 
 def test_data_parallelism_beside() -> None:
     in_a_group(4, composed)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_parts_between_exchanges_are_compiled() -> None:
+    in_a_group(2, compiled)
 
 
 def test_features_of_parts() -> None:

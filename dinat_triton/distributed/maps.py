@@ -54,6 +54,7 @@ class ShardedMap:
     def resized(self, shape: Ints) -> ShardedMap:
         return replace(self, shape=tuple(shape))
 
+    @torch.compiler.disable
     def whole(self, x: Tensor) -> DTensor:
         """The DTensor of which every rank has a part `[batch, *local map, channels]`."""
         shape = torch.Size([len(x), *self.shape, x.shape[-1]])
@@ -87,6 +88,7 @@ def _fetch(
     return Fetch(move, max(-start, 0), max(stop - max(start, size), 0))
 
 
+@torch.compiler.disable
 def read(x: Tensor, on: ShardedMap, shape: Ints, kernel: Ints, stride: Ints, padding: Ints) -> Tensor:
     """What a rank's part of a window layer's outputs reads, padded with zeros at the ends of the map.
 

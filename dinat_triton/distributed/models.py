@@ -166,6 +166,7 @@ SHARDED: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
+@torch.compiler.disable
 def _image(x: Tensor) -> tuple[ShardedMap, Tensor]:
     """The map of an image, and its local part with its channels last."""
     if not isinstance(x, DTensor):
