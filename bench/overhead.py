@@ -97,16 +97,16 @@ def host_calls(layer: Layer, inputs: Inputs, preset: Preset | None = None) -> tu
     """The forward of the host code, and its backward, which takes what the forward returned."""
     from dinat_triton.kernels import attention
 
-    qkv, scale = [inputs.query, inputs.key, inputs.value], layer.dim**-0.5
+    qkv, geometry, scale = [inputs.query, inputs.key, inputs.value], layer.geometry, layer.dim**-0.5
     grads = [torch.empty_like(x) for x in qkv]
 
     def forward() -> tuple[Tensor, Tensor]:
-        return attention.forward(qkv, inputs.rpb, None, layer.geometry, scale, 0.0, True, preset)
+        return attention.forward(qkv, inputs.rpb, None, geometry, scale, 0.0, True, preset)
 
     def backward(saved: tuple[Tensor, Tensor]) -> object:
         out, lse = saved
         given = (qkv, inputs.rpb, None, out, lse, inputs.grad_out, None)
-        return attention.backward(*given, layer.geometry, scale, 0.0, grads, preset)
+        return attention.backward(*given, geometry, scale, 0.0, grads, preset)
 
     return forward, backward
 

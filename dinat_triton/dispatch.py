@@ -9,6 +9,7 @@ import os
 from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -72,16 +73,18 @@ def why_not(name: str, query: Tensor, key: Tensor, value: Tensor, scale: float |
     """Why a backend cannot run this call, or None if it can."""
     if name != "triton":
         return None
-    if not _has_triton():
-        return "the package triton is not installed"
-    from dinat_triton.kernels.support import why_not
-
-    return why_not(query, key, value, scale)
+    support = _support()
+    return support.why_not(query, key, value, scale) if support else "the package triton is not installed"
 
 
 @cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def _support() -> ModuleType | None:
+    """What says why the kernels cannot run a call, if there is Triton."""
+    if find_spec("triton") is None:
+        return None
+    from dinat_triton.kernels import support
+
+    return support
 
 
 def _check_name(name: str, argument: str) -> None:

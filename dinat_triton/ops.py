@@ -13,11 +13,11 @@ the axes of all maps. Behind `na` a key mask is the last of the list.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
@@ -47,6 +47,9 @@ LIBRARY.define(
     "float scale, float dropout_p, bool need_lse, str backend, int[]? sizes=None) -> (Tensor, Tensor)"
 )
 
+# Types of arguments that torch's dispatcher hands on as they are.
+PLAIN = {Tensor, nn.Parameter, list, tuple, int, float, bool, str, type(None)}
+
 FUSED, FUSED_BACKWARD = torch.ops.dinat_triton.fused.default, torch.ops.dinat_triton.fused_backward.default
 FUSED_JVP = torch.ops.dinat_triton.fused_jvp.default
 
@@ -73,13 +76,15 @@ def _check_window(qkv: list[Tensor], window: list[int], sizes: list[int] | None)
         return _map_batch(qkv, window, sizes).geometries[0]
     shape = qkv[0].shape[1 : 1 + rank_of(window)]
     if torch.SymInt not in map(type, shape):
-        return geometry_of(tuple(map(int, shape)), tuple(window))
+        return geometry_of(shape, tuple(window))
     kernel_size, _, dilation, _, border = split_window(window)
     check_fits(shape, kernel_size, dilation, borders_of(border))
     return geometry_of(tuple(k * d for k, d in zip(kernel_size, dilation, strict=True)), tuple(window))
 
 
 def _is_autocast_on(device: str) -> bool:
+    if not torch._C._is_any_autocast_enabled():
+        return False
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
@@ -173,10 +178,10 @@ def _attend_by_map(attend, qkv, seed, problem: Geometry | MapBatch) -> tuple[Ten
 
 
 def _fused(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend, sizes=None):
-    if qkv[0].numel() == 0:
+    if _holds_nothing(qkv[0]):
         return _fused_fake(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend, sizes)
     problem = _problem(qkv, window, sizes)
-    return _module(backend, sizes).forward(qkv, rpb, seed, problem, scale, dropout_p, need_lse)
+    return _module(backend, sizes is not None).forward(qkv, rpb, seed, problem, scale, dropout_p, need_lse)
 
 
 def _fused_fake(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend, sizes=None):
@@ -193,10 +198,10 @@ def _fused_backward(qkv, rpb, seed, out, lse, grad_out, grad_lse, window, scale,
             return _fused_backward(qkv, rpb, seed, out, lse, grad_out, grad_lse, *options)
     new = torch.empty_like if sizes is None else torch.zeros_like  # padding between maps is not written
     grads = [new(x, memory_format=torch.contiguous_format) for x in split_mask(qkv)[0]]
-    if qkv[0].numel() == 0:
+    if _holds_nothing(qkv[0]):
         return grads, _no_bias(rpb, grad_out).zero_()
     problem = _problem(qkv, window, sizes)
-    grad_rpb = _module(backend, sizes).backward(
+    grad_rpb = _module(backend, sizes is not None).backward(
         qkv, rpb, seed, out, lse, grad_out, grad_lse, problem, scale, dropout_p, grads
     )
     return grads, _no_bias(rpb, grad_out) if grad_rpb is None else grad_rpb
@@ -212,7 +217,7 @@ def _fused_jvp(qkv, rpb, seed, qkv_tangents, rpb_tangent, window, scale, dropout
         raise RuntimeError(
             f"backend {backend!r} has no forward-mode derivatives; backend='tiled' and backend='reference' have"
         )
-    if qkv[0].numel() == 0:
+    if _holds_nothing(qkv[0]):
         return _fused_fake(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend, sizes)
 
     count = len(qkv)
@@ -228,14 +233,19 @@ def _fused_jvp_fake(qkv, rpb, seed, qkv_tangents, rpb_tangent, window, scale, dr
     return _fused_fake(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend, sizes)
 
 
+def _holds_nothing(x: Tensor) -> bool:
+    return x.is_meta or x.numel() == 0
+
+
 def _no_bias(rpb: Tensor | None, like: Tensor) -> Tensor:
     """An op must return a tensor even where there is no bias to differentiate."""
     return like.new_empty(0) if rpb is None else torch.empty_like(rpb, memory_format=torch.contiguous_format)
 
 
-def _module(backend: str, sizes: list[int] | None) -> ModuleType:
+@cache
+def _module(backend: str, has_sizes: bool) -> ModuleType:
     if backend == "tiled":
-        return tiled if sizes is None else tiled_maps
+        return tiled_maps if has_sizes else tiled
     from dinat_triton.kernels import attention
 
     return attention
@@ -261,7 +271,7 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rpb, seed, window, scale, dropout_p, need_lse, backend, sizes, *qkv):
         inputs = (rpb, seed, window, scale, dropout_p, need_lse, backend, sizes, *qkv)
-        outputs = _below_autograd(FUSED, list(qkv), *inputs[:8])
+        outputs = _run(FUSED, _fused, qkv, *inputs[:8])
         _save(ctx, inputs, outputs)
         return outputs
 
@@ -274,7 +284,7 @@ class Fused(torch.autograd.Function):
         grad_lse = grad_lse if ctx.need_lse else None
         arguments = (qkv, rpb, seed, out, lse, grad_out, grad_lse, *ctx.options)
         # Where these gradients are recorded in turn, autograd has to learn that they have none.
-        call = _fused_backward_autograd if torch.is_grad_enabled() else partial(_below_autograd, FUSED_BACKWARD)
+        call = _fused_backward_autograd if torch.is_grad_enabled() else partial(_run, FUSED_BACKWARD, _fused_backward)
         grads, grad_rpb = call(*arguments)
         no_mask = [None] * (len(qkv) - len(grads))
         return None if rpb is None else grad_rpb, None, None, None, None, None, None, None, *grads, *no_mask
@@ -297,7 +307,7 @@ class FusedInTransforms(torch.autograd.Function):
 
     @staticmethod
     def forward(rpb, seed, window, scale, dropout_p, need_lse, backend, sizes, *qkv):
-        return _below_autograd(FUSED, list(qkv), rpb, seed, window, scale, dropout_p, need_lse, backend, sizes)
+        return _run(FUSED, _fused, qkv, rpb, seed, window, scale, dropout_p, need_lse, backend, sizes)
 
 
 def _fused_autograd(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend, sizes=None):
@@ -306,7 +316,24 @@ def _fused_autograd(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend,
     recorded = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in (*qkv, rpb)])
     if recorded or forward_ad._current_level >= 0:
         return Fused.apply(rpb, seed, window, scale, dropout_p, need_lse, backend, sizes, *qkv)
-    return _below_autograd(FUSED, qkv, rpb, seed, window, scale, dropout_p, need_lse, backend, sizes)
+    return _run(FUSED, _fused, qkv, rpb, seed, window, scale, dropout_p, need_lse, backend, sizes)
+
+
+def _run(op, kernel, qkv, *args):
+    """Runs an op below autograd: its kernel without torch's dispatcher between, if nothing there would see the call."""
+    return _below_autograd(op if _is_watched(qkv, args) else kernel, qkv, *args)
+
+
+def _is_watched(qkv, args) -> bool:
+    """Whether a compiler, mode, transform or profiler is on, or an argument is of a kind that torch treats apart."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd._profiler_enabled()
+        or not PLAIN.issuperset(map(type, (*qkv, *args)))
+        or any([x.is_neg() for x in qkv])
+    )
 
 
 def _below_autograd(op, *args):

@@ -14,8 +14,6 @@ from dinat_triton.kernels.prepare import (
     Backward,
     Launch,
     Place,
-    are_even,
-    find_strides,
     prepare_backward,
     prepare_forward,
 )
@@ -34,14 +32,14 @@ def forward(
     preset: Preset | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attends; query, key and value are `[batch, *shape, heads, dim]`. The backward always needs the log-sum-exp."""
-    tensors, key_mask = unpack(qkv), _mask_bytes(qkv)
-    rows = tensors[0].shape[:-1]
-    (query, key, value), places = _even(_items(tensors, geometry))
-    launch = prepare_forward(geometry, places, *_kind(query, rpb), seed is not None, key_mask is not None, preset)
+    query, _, value = inputs = unpack(qkv)
+    key_mask, rows = _mask_bytes(qkv), query.shape[:-1]
     has_padding = isinstance(geometry, MapBatch) and geometry.shape is not None
-    new = torch.zeros if has_padding else torch.empty
-    out = new((*rows, value.shape[-1]), dtype=query.dtype, device=query.device)
-    lse = new(rows, dtype=torch.float32, device=query.device)
+    new = query.new_zeros if has_padding else query.new_empty
+    out, lse = new((*rows, value.shape[-1])), new(rows, dtype=torch.float32)
+    inputs, given = _items(inputs, geometry), (seed is not None, key_mask is not None, preset)
+    launch, uneven = prepare_forward(geometry, _places(inputs), *_kind(query, rpb), *given)
+    query, key, value = _evened(inputs, uneven)
     with _on(query.device):
         bias = _bias(rpb, launch, scale, query)
         launch(query, key, value, out, lse, bias, seed, key_mask, numbers=(scale, *_keep(dropout_p)))
@@ -64,11 +62,11 @@ def backward(
 ) -> Tensor | None:
     """Writes the gradients of query, key and value into `grads`, and returns that of `rpb`."""
     grad_q, grad_k, grad_v = outputs = _items(unpack(grads), geometry)
-    (query, key, value, grad_out), places = _even(_items([*unpack(qkv), grad_out], geometry))
-    places += _places(outputs)
+    inputs = _items([*unpack(qkv), grad_out], geometry)
     key_mask = _mask_bytes(qkv)
     given = (grad_lse is not None, seed is not None, key_mask is not None, preset)
-    launches = prepare_backward(geometry, places, *_kind(query, rpb), *given)
+    launches = prepare_backward(geometry, _places(inputs + outputs), *_kind(inputs[0], rpb), *given)
+    query, key, value, grad_out = _evened(inputs, launches.uneven)
     numbers = (scale, *_keep(dropout_p))
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     partials = None if rpb is None else lse.new_empty(launches.partials)
@@ -121,13 +119,9 @@ def _items(tensors: list[Tensor], geometry: Geometry | MapBatch) -> list[Tensor]
     return [x.flatten(0, -3).unsqueeze(0) for x in tensors] if isinstance(geometry, MapBatch) else tensors
 
 
-def _even(tensors: list[Tensor]) -> tuple[list[Tensor], tuple[Place, ...]]:
-    """Tensors and their places; copies of those in which the kernels could not find the tokens by three strides."""
-    places = _places(tensors)
-    if are_even(places):
-        return tensors, places
-    tensors = [x.contiguous() if find_strides(place) is None else x for x, place in zip(tensors, places, strict=True)]
-    return tensors, _places(tensors)
+def _evened(tensors: list[Tensor], uneven: tuple[int, ...]) -> list[Tensor]:
+    """Tensors, and contiguous copies of the uneven ones."""
+    return [x.contiguous() if i in uneven else x for i, x in enumerate(tensors)] if uneven else tensors
 
 
 def _places(tensors: list[Tensor]) -> tuple[Place, ...]:

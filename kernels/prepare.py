@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from triton.runtime import JITFunction
 
-from dinat_triton.geometry import Geometry
+from dinat_triton.geometry import Geometry, row_major_strides
 from dinat_triton.kernels.backward import (
     closed_backward_kernel,
     fold_bias_kernel,
@@ -78,7 +77,11 @@ class Launch:
         Triton looks for the variant to launch by every argument, which takes longer than all that is done here. Between
         the calls of one launch only alignment makes a difference, so calls with aligned tensors keep theirs.
         """
-        aligned = not any([x.data_ptr() % ALIGNMENT for x in tensors if x is not None])
+        addresses = 0
+        for x in tensors:
+            if x is not None:
+                addresses |= x.data_ptr()
+        aligned = addresses % ALIGNMENT == 0
         if self._run is not None and aligned:
             self._run(*tensors, *self.arguments, *numbers, *self._constants)
             return
@@ -87,15 +90,28 @@ class Launch:
             self._run = compiled[(*self.grid, 1, 1)[:3]]
 
 
+class Forward(NamedTuple):
+    """The launch of a forward.
+
+    Attributes:
+        uneven: Which of query, key and value it takes contiguous copies of: no three strides lead to their tokens.
+    """
+
+    launch: Launch
+    uneven: tuple[int, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Backward:
     """The launches of a backward: one over closed tiles, or some over tiles of queries and one over tiles of keys.
 
     Attributes:
+        uneven: As in a forward, of query, key, value and the output's gradient.
         partials: Shape of the bias gradients that programs write: batch splits, runs * heads, pairs.
         folds: What adds them up: over the programs of a tile class, and then over the pairs of a bias entry.
     """
 
+    uneven: tuple[int, ...]
     partials: tuple[int, ...]
     folds: tuple[Launch, Launch] | None
     closed: tuple[Launch, ...] = ()
@@ -106,12 +122,13 @@ class Backward:
 def _prepare_forward(
     geometry: Geometry | MapBatch, places: tuple[Place, ...], dtype: torch.dtype, device: torch.device, tf32: bool,
     rpb_dtype: torch.dtype | None, dropout: bool, masked: bool, preset: Preset | None = None,
-) -> Launch:  # fmt: skip
+) -> Forward:  # fmt: skip
     """The forward's launch. `places` are those of query, key and value."""
+    places, uneven = _even(places)
     problem = _problem(geometry, places, dtype, device, rpb_dtype is not None, tf32, preset)
     schedule = schedule_of(problem, "forward")
     table = _table(problem, schedule) if rpb_dtype is not None and not schedule.one_chunk else None
-    return _launch(forward_kernel, problem, schedule, places, table, ONE_CHUNK=schedule.one_chunk)
+    return Forward(_launch(forward_kernel, problem, schedule, places, table, ONE_CHUNK=schedule.one_chunk), uneven)
 
 
 def _prepare_backward(
@@ -120,6 +137,7 @@ def _prepare_backward(
     preset: Preset | None = None,
 ) -> Backward:  # fmt: skip
     """The backward's launches. `places` are those of query, key and value, of the output's gradient, and of theirs."""
+    places, uneven = _even(places)
     problem = _problem(geometry, places, dtype, device, rpb_dtype is not None, tf32, preset)
     has_bias = rpb_dtype is not None
     if has_closed_backward(problem):
@@ -134,7 +152,7 @@ def _prepare_backward(
         launches = {"queries": tuple(_query_launches(problem, schedule, places, has_bias)), "keys": (keys,)}
     programs, splits = schedule.grid
     folds = _folds(problem, schedule) if has_bias else None
-    return Backward((splits, programs, schedule.layout.pairs), folds, **launches)
+    return Backward(uneven, (splits, programs, schedule.layout.pairs), folds, **launches)
 
 
 def _bytes_of(*launches: Launch) -> int:
@@ -149,7 +167,7 @@ def _bytes_of_backward(backward: Backward) -> int:
     return _bytes_of(*backward.closed, *backward.queries, *backward.keys, *(backward.folds or ()))
 
 
-prepare_forward = Kept(_prepare_forward, _bytes_of, MOST_LAUNCHES, MOST_BYTES)
+prepare_forward = Kept(_prepare_forward, lambda forward: _bytes_of(forward.launch), MOST_LAUNCHES, MOST_BYTES)
 prepare_backward = Kept(_prepare_backward, _bytes_of_backward, MOST_LAUNCHES, MOST_BYTES)
 
 
@@ -254,10 +272,11 @@ def strides_of(place: Place) -> tuple[int, int, int]:
     return strides
 
 
-@lru_cache(maxsize=512)
-def are_even(places: tuple[Place, ...]) -> bool:
-    """Whether three strides lead to the tokens of every tensor."""
-    return None not in map(find_strides, places)
+def _even(places: tuple[Place, ...]) -> tuple[tuple[Place, ...], tuple[int, ...]]:
+    """Places in which three strides lead to all tokens, those of contiguous copies if need be, and which these are."""
+    uneven = tuple(i for i, place in enumerate(places) if find_strides(place) is None)
+    copies = ((shape, row_major_strides(shape)) if i in uneven else (shape, s) for i, (shape, s) in enumerate(places))
+    return tuple(copies), uneven
 
 
 def find_strides(place: Place) -> tuple[int, int, int] | None:

@@ -123,7 +123,9 @@ def test_tokens_that_lie_unevenly_are_copied() -> None:
         with pytest.raises(ValueError, match=r"tokens must lie evenly in memory, got shape \(2, 4, 6, 3, 8\)"):
             prepare.strides_of((shape, stride))
     uneven, even = torch.zeros(2, 8, 6, 3, 8)[:, ::2], torch.zeros(2, 4, 6, 3, 3, 8)[..., 1, :, :]
-    tensors, places = attention._even([uneven, even])
+    places, found = prepare._even(attention._places([uneven, even]))
+    assert found == (0,)
+    tensors = attention._evened([uneven, even], found)
     assert tensors[0].is_contiguous()
     assert tensors[1] is even
     assert places == tuple((x.shape, x.stride()) for x in tensors)
