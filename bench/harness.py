@@ -184,16 +184,11 @@ def reasons(records: Sequence[Record]) -> list[str]:
 
 
 def measure(
-    calls: Mapping[str, Callable[[], object]],
-    *,
-    budget: float,
-    slice_s: float = 0.05,
-    min_calls: int = 3,
-    synchronize: Callable[[], None] = lambda: None,
+    calls: Mapping[str, Callable[[], object]], budget: float, device: str = "cpu", slice_s: float = 0.05
 ) -> dict[str, Timing]:
     """Times warm callables side by side: they take turns, so that a busy moment of the machine meets them all.
 
-    Each gets `budget` seconds, or the `min_calls` calls that take longer, up to four times its budget.
+    Each gets `budget` seconds, or the three calls that take longer, up to four times its budget.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     spent = dict.fromkeys(calls, 0.0)
@@ -201,44 +196,40 @@ def measure(
     while active:
         for name in active:
             start = time.perf_counter()
-            samples[name] += _burst(calls[name], slice_s, synchronize)
+            samples[name] += _burst(calls[name], device, slice_s)
             spent[name] += time.perf_counter() - start
-        active = [n for n in active if spent[n] < budget or (len(samples[n]) < min_calls and spent[n] < 4 * budget)]
+        active = [n for n in active if spent[n] < budget or (len(samples[n]) < 3 and spent[n] < 4 * budget)]
     return {name: Timing.of(values) for name, values in samples.items()}
 
 
 def measure_on(device: torch.device, calls: Mapping[str, Callable[[], object]], budget: float) -> dict[str, Timing]:
     """Times warm callables: side by side, or on a GPU by events with a cold L2, in a fifth of the seconds."""
     if device.type != "cuda":
-        return measure(calls, budget=budget)
+        return measure(calls, budget)
     from triton.testing import do_bench
 
     rep = 200 * budget
     return {n: Timing.of(do_bench(c, warmup=rep / 6, rep=rep, return_mode="all")) for n, c in calls.items()}
 
 
-def _burst(call: Callable[[], object], seconds: float, synchronize: Callable[[], None]) -> list[float]:
+def _burst(call: Callable[[], object], device: str, seconds: float) -> list[float]:
     """Milliseconds of the calls that fit; a first short one only brings the caches back after another's turn."""
     times: list[float] = []
     deadline = time.perf_counter() + seconds
     while True:
-        times.append(elapsed_ms(call, synchronize))
+        times.append(elapsed_ms(call, device))
         if time.perf_counter() > deadline:
             return times[1:] or times
 
 
-def elapsed_ms(call: Callable[[], object], synchronize: Callable[[], None]) -> float:
-    """Milliseconds of one call."""
-    synchronize()
+def elapsed_ms(call: Callable[[], object], device: str = "cpu") -> float:
+    """Milliseconds of one call, and of what a GPU has to do for it."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
     call()
-    synchronize()
+    wait()
     return 1e3 * (time.perf_counter() - start)
-
-
-def waiter(device: str) -> Callable[[], None]:
-    """Waits for a kind of device."""
-    return torch.cuda.synchronize if device == "cuda" else lambda: None
 
 
 # The machine

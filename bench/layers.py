@@ -100,7 +100,7 @@ class Bench:
             return {}
         try:
             attention = peer.prepare(cell.layer, inputs)
-            record.also["first_call_ms"] = round(elapsed_ms(attention.call, harness.waiter(self.device.type)), 2)
+            record.also["first_call_ms"] = round(elapsed_ms(attention.call, self.device.type), 2)
             record.reason = self.difference(peer, attention, cell, inputs)
             if record.reason:
                 return {}
@@ -205,7 +205,7 @@ def report(results: Results) -> str:
     """Per layer the times, then the means, then why something has no time."""
     cells = list(cells_of(results.records))
     names = list(dict.fromkeys(r.implementation for r in results.records if not is_backend(r)))
-    header = ["median ms (times ours)", "ours", "first call", "of floor", "of products", "useful", *names]
+    header = ["median ms (times ours)", "ours", "first call", "of floor", *names]
     rows = [_row(mine, found, names, results) for mine, found in cells]
     parts = [table(header, rows)]
     if means := summarize(results.records):
@@ -233,12 +233,11 @@ def _row(mine: Record | None, found: Mapping[str, Record], names: Sequence[str],
     first = mine or next(iter(found.values()))
     row = [f"{first.problem['name']} h{first.problem['heads']} b{first.problem['batch']} {first.dtype} {first.pass_}"]
     if mine is None or mine.timing is None:
-        row += ["-"] * 5
+        row += ["-"] * 3
     else:
-        shares = fractions(mine, results.ceilings, results.environment["device_type"]) if results.ceilings else ()
-        first_call = mine.also.get("first_call_ms")
+        first_call, ceilings = mine.also.get("first_call_ms"), results.ceilings
         row += [milliseconds(mine.timing.median), milliseconds(first_call) if first_call else "-"]
-        row += [f"{share:.0%}" for share in shares] or ["-"] * 3
+        row += [f"{share_of_floor(mine, ceilings, results.environment['device_type']):.0%}" if ceilings else "-"]
     return [*row, *(_shown(found.get(name), mine) for name in names)]
 
 
@@ -249,18 +248,15 @@ def _shown(record: Record | None, mine: Record | None) -> str:
     return f"{time_} ({record.timing.median / mine.timing.median:.2f}x)" if mine and mine.timing else time_
 
 
-def fractions(mine: Record, ceilings: Ceilings, device_type: str) -> tuple[float, float, float]:
-    """The floor over our time, and our products over the device's: all that we evaluate, and the useful ones.
+def share_of_floor(mine: Record, ceilings: Ceilings, device_type: str) -> float:
+    """What no implementation can do without, over our time.
 
-    The floor is what no implementation can do without. On a CPU bytes make none: what is called again and again lies
-    in a cache.
+    On a CPU bytes make no floor: what is called again and again lies in a cache.
     """
     assert mine.timing is not None
-    work, seconds = Work(**mine.also["work"]), mine.timing.median / 1e3
-    floors = work.useful_limits(ceilings, mine.dtype)
+    floors = Work(**mine.also["work"]).useful_limits(ceilings, mine.dtype)
     floor = max(value for name, value in floors.items() if device_type == "cuda" or name != "memory")
-    most = seconds * ceilings.products(mine.dtype)
-    return floor / seconds, work.flops / most, work.useful_flops / most
+    return 1e3 * floor / mine.timing.median
 
 
 def summarize(records: Sequence[Record]) -> dict[str, dict[str, str]]:

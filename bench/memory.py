@@ -9,18 +9,16 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any
 
-P = ParamSpec("P")
-T = TypeVar("T")
 # Options of glibc's mallopt.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 
 
-def in_fresh_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def in_fresh_process(function: Callable[..., Any], *arguments: object) -> Any:
     """Calls a function of a module in a new process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *args, **kwargs).result()
+        return pool.submit(function, *arguments).result()
 
 
 def resident_peak(run: Callable[[], object]) -> int:

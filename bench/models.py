@@ -144,11 +144,11 @@ def measure(cases: Sequence[Case], seconds: float, deadline: float, with_memory:
             continue
         try:
             step = prepare(case)
-            record.also["first_call_ms"] = round(elapsed_ms(step, harness.waiter(case.device)), 2)
+            record.also["first_call_ms"] = round(elapsed_ms(step, case.device), 2)
             steps[case.title] = step
         except Exception as error:
             record.reason = first_line(error)
-    timings = harness.measure(steps, budget=seconds, synchronize=harness.waiter(cases[0].device))
+    timings = harness.measure(steps, seconds, cases[0].device)
     steps.clear()
     for case, record in records.items():
         record.timing = timings.get(case.title)

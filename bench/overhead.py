@@ -19,10 +19,8 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from dinat_triton import functional, modules, ops
 from dinat_triton.bench import harness
 from dinat_triton.bench.harness import Record, Results, Timing
 from dinat_triton.bench.layers import prepare_ours
@@ -30,6 +28,7 @@ from dinat_triton.bench.peers import Inputs
 from dinat_triton.commands.options import LAYERS_HELP, check_positive, find_device, find_layers
 from dinat_triton.commands.tables import table
 from dinat_triton.layers import Layer
+from dinat_triton.tuner.layer_run import LayerRun
 from dinat_triton.work import BACKWARD, FORWARD, FORWARD_BACKWARD
 
 if TYPE_CHECKING:
@@ -40,8 +39,8 @@ LAYERS = ("dinat_mini@224:14x14*",)
 DTYPE = torch.bfloat16
 # A forward that autograd records, to go back through it.
 RECORDED = "recorded forward"
-# From the outermost: each holds those behind it.
-NA2D, MODULE, OP, HOST, LAUNCHED = LEVELS = ("na2d", "module", "op", "host", "launched")
+# The whole call, what is ours below torch's dispatcher, and the whole call with real launches.
+NA2D, HOST, LAUNCHED = "na2d", "host", "launched"
 NEW, SEEN = "new size", "seen before"
 # Plans for sm_90, whose GPUs are the fastest, and wait the longest.
 ARCH, BACKBONE = "sm_90", "dinat_mini@coco"
@@ -93,49 +92,23 @@ def nothing_launched() -> Iterator[None]:
                 del kernel.device_caches[device]
 
 
-def host_calls(layer: Layer, inputs: Inputs, preset: Preset | None = None) -> tuple[Callable, Callable]:
-    """The forward of the host code, and its backward, which takes what the forward returned."""
+def host_run(layer: Layer, device: torch.device, preset: Preset | None = None) -> LayerRun:
+    """The host code alone, below torch's dispatcher."""
     from dinat_triton.kernels import attention
 
-    qkv, geometry, scale = [inputs.query, inputs.key, inputs.value], layer.geometry, layer.dim**-0.5
-    grads = [torch.empty_like(x) for x in qkv]
-
-    def forward() -> tuple[Tensor, Tensor]:
-        return attention.forward(qkv, inputs.rpb, None, geometry, scale, 0.0, True, preset)
-
-    def backward(saved: tuple[Tensor, Tensor]) -> object:
-        out, lse = saved
-        given = (qkv, inputs.rpb, None, out, lse, inputs.grad_out, None)
-        return attention.backward(*given, geometry, scale, 0.0, grads, preset)
-
-    return forward, backward
+    return LayerRun(layer, DTYPE, device, attention, lambda _: {"preset": preset})
 
 
 def calls_of(layer: Layer, inputs: Inputs) -> tuple[Calls, Calls]:
     """The calls of each level, forward and backward."""
-    window = functional.window_of(len(layer.shape), layer.kernel_size, 1, layer.dilation, False)
-    qkv = [inputs.query, inputs.key, inputs.value]
-    packed = torch.stack(qkv, dim=-3).detach().requires_grad_()
-
-    def module() -> Tensor:
-        return modules.attend(packed, window, inputs.rpb, None, 0.0)
-
     na2d = prepare_ours(layer, inputs, "triton").call
-    host, host_backward = host_calls(layer, inputs)
-    out, from_packed, saved = na2d(), module(), host()
-    leaves = (packed, inputs.rpb)
-    forward: Calls = {
-        NA2D: na2d,
-        MODULE: module,
-        OP: lambda: ops.na(qkv, window, inputs.rpb, None, 0.0, False, "triton"),
-        HOST: host,
-    }
+    run = host_run(layer, inputs.query.device)
+    out, saved = na2d(), run.forward(None)
     backward: Calls = {
         NA2D: lambda: torch.autograd.grad(out, inputs.leaves, inputs.grad_out, retain_graph=True),
-        MODULE: lambda: torch.autograd.grad(from_packed, leaves, inputs.grad_out, retain_graph=True),
-        HOST: lambda: host_backward(saved),
+        HOST: lambda: run.backward(None, saved),
     }
-    return forward, backward
+    return {NA2D: na2d, HOST: lambda: run.forward(None)}, backward
 
 
 def layer_records(layer: Layer, seconds: float) -> list[Record]:
@@ -175,7 +148,7 @@ def size_records(count: int) -> list[Record]:
         step_of(IMAGE)()  # what the first call of a process takes is no matter of its size
         for size in tqdm(sizes, "sizes", disable=None):
             for times in found.values():
-                times.append(harness.elapsed_ms(step_of(size), lambda: None))
+                times.append(harness.elapsed_ms(step_of(size)))
     problem: dict[str, Any] = {"layers": BACKBONE, "arch": ARCH, "sizes": count}
     return [Record(problem, name, FORWARD_BACKWARD, "bfloat16", Timing.of(times)) for name, times in found.items()]
 
@@ -186,17 +159,16 @@ def step_of(image: tuple[int, int]) -> Callable[[], None]:
     from dinat_triton.offline.targets import find_target
 
     preset = Preset(find_target(ARCH).architecture)
-    prepared = []
+    runs = []
     for layer in find_layers([BACKBONE]):
         stride = IMAGE[0] // layer.shape[0]
         spans = [k * d for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
         shape = tuple(max(ceil(side / stride), span) for side, span in zip(image, spans, strict=True))
-        resized = replace(layer, shape=shape)
-        prepared.append(host_calls(resized, Inputs.of(resized, DTYPE), preset))
+        runs.append(host_run(replace(layer, shape=shape), torch.device("cpu"), preset))
 
     def step() -> None:
-        for forward, backward in prepared:
-            backward(forward())
+        for run in runs:
+            run.backward(None, run.forward(None))
 
     return step
 

@@ -1,10 +1,10 @@
-"""Implementations of the attention layers by others. Nothing here calls dinat_triton."""
+"""Implementations of the attention layers by others. None calls ours; those that gather read its windows."""
 
 from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -75,34 +75,10 @@ class Peer:
     graph: bool = False
 
 
-def _axis(size: int, kernel: int, dilation: int, stride: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Positions of each query's keys on one axis, and their offsets in dilation units; both `[size, kernel]`."""
-    position = torch.arange(size, device=device)
-    group, query = position % dilation, position // dilation
-    length = (size - group + dilation - 1) // dilation
-    leader = torch.minimum(query // stride * stride + stride // 2, length - 1)
-    start = torch.minimum((leader - kernel // 2).clamp(min=0), length - kernel)
-    members = start[:, None] + torch.arange(kernel, device=device)
-    return members * dilation + group[:, None], members - query[:, None]
-
-
 def neighbors(layer: Layer, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Raster indices of each query's keys, and their places in the flattened bias table; `[tokens, keys]`."""
-    keys = pairs = torch.zeros(1, 1, dtype=torch.long, device=device)
-    for size, kernel, dilation, stride in _axes(layer):
-        positions, offsets = _axis(size, kernel, dilation, stride, device)
-        keys = _outer(keys * size, positions)
-        pairs = _outer(pairs * (2 * kernel - 1), offsets + kernel - 1)
+    """Tokens of each query's keys, and their places in the flattened bias table; `[tokens, keys]`."""
+    keys, pairs = (torch.as_tensor(index, device=device) for index in layer.geometry.neighbors())
     return keys, pairs
-
-
-def _axes(layer: Layer) -> Iterator[tuple[int, int, int, int]]:
-    """Size, kernel, dilation and stride of each axis."""
-    return zip(layer.shape, layer.kernel_size, layer.dilation, layer.stride, strict=True)
-
-
-def _outer(a: Tensor, b: Tensor) -> Tensor:
-    return (a[:, None, :, None] + b[None, :, None, :]).reshape(len(a) * len(b), -1)
 
 
 def prepare_gather(layer: Layer, inputs: Inputs) -> Attention:
@@ -143,7 +119,8 @@ def prepare_gather_tuned(layer: Layer, inputs: Inputs) -> Attention:
 
 def prepare_flex(layer: Layer, inputs: Inputs) -> Attention:
     """Compiled FlexAttention with index arithmetic in both mods, as its examples do it."""
-    axes, shape, rpb = list(_axes(layer)), layer.shape, inputs.rpb
+    shape, rpb = layer.shape, inputs.rpb
+    axes = list(zip(shape, layer.kernel_size, layer.dilation, layer.stride, strict=True))
 
     def coordinates(index: Tensor) -> list[Tensor]:
         found = []
@@ -200,13 +177,12 @@ def _class_coordinates(layer: Layer, device: torch.device) -> tuple[list[Tensor]
     """Per axis, `[tokens]` each: a token's coordinate, and that of the first key it sees."""
     own: list[Tensor] = []
     first: list[Tensor] = []
-    for axis, (size, kernel, dilation, stride) in enumerate(_axes(layer)):
-        start = _axis(size, kernel, dilation, stride, device)[0][:, 0]
-        apart = size + kernel
+    for dim, axis in enumerate(layer.geometry.axes):
+        start = torch.as_tensor(axis.neighbors()[0][:, 0], device=device)
         to_tokens = [1] * len(layer.shape)
-        to_tokens[axis] = size
-        for places, found in ((torch.arange(size, device=device), own), (start, first)):
-            coordinate = (places % dilation) * apart + places // dilation
+        to_tokens[dim] = axis.size
+        for places, found in ((torch.arange(axis.size, device=device), own), (start, first)):
+            coordinate = (places % axis.dilation) * (axis.size + axis.kernel) + places // axis.dilation
             found.append(coordinate.view(to_tokens).expand(layer.shape).flatten().int())
     return own, first
 

@@ -4,9 +4,9 @@ A named scope is opened around the forward of each part of a model while torch's
 belongs to the innermost scope around it, an operation of the backward to the scope of the forward operation with its
 sequence number, whose gradient it is.
 
-What counts is the time of kernels: the device's on a GPU, on a CPU that of torch's operations but for views. A step is
-timed on its own, by turns with the profiled ones. What no kernel accounts for is *overhead*: on a CPU Python, views and
-autograd's engine; on a GPU the time that it idles. Patch embedding and downsampling are *convolution*, norms included;
+What counts is the time of kernels: the device's on a GPU, on a CPU that of torch's operations. A step is timed on its
+own, by turns with the profiled ones. What no kernel accounts for is *overhead*: on a CPU Python and autograd's engine,
+on a GPU the time that it idles. Patch embedding and downsampling are *convolution*, norms included;
 what stands outside of modules is *other*, such as residual additions, the loss, and Swin's rolls and window copies.
 """
 
@@ -15,9 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
-from statistics import median, median_low
+from statistics import median
 from typing import Any
 
 import torch
@@ -40,22 +38,19 @@ PARTS = (ATTENTION, LINEAR, CONVOLUTION, NORM, ACTIVATION, OTHER, OPTIMIZER, OVE
 MODELS = ("dinat_mini", "swin_tiny_patch4_window7_224")
 RESAMPLING = ("patch_embed", "downsample", "stem")
 SCOPE = "part: "
-# Namespaces of what is not an operation: the engine's own events, and operations that are written in Python.
-NOT_KERNELS = ("autograd", "torch", "dinat_triton")
 WARMUPS = 2
 
 
 def record_of(
-    problem: dict[str, Any], names: tuple[str, str, str], seconds: Sequence[float], tallies: Sequence[Tally]
+    problem: dict[str, Any], names: tuple[str, str, str], steps: Sequence[float], profiled: Sequence[dict[str, float]]
 ) -> Record:
-    """A step's milliseconds part by part, in medians that add up to the step's; on a busy machine scaled to do so."""
-    step = 1e3 * median(seconds)
-    parts = {part: 1e3 * median(tally.parts[part] for tally in tallies) for part in PARTS}
+    """Medians of steps and of their parts; on a busy machine the parts are scaled to fit the step."""
+    parts = {part: median(found[part] for found in profiled) for part in PARTS}
+    step = median(steps)
     scale = min(1.0, step / sum(parts.values()))
     parts = {part: round(scale * each, 4) for part, each in parts.items()}
     parts[OVERHEAD] = max(0.0, round(step - sum(parts.values()), 4))
-    also = {"parts_ms": parts, "operations": median_low(tally.operations for tally in tallies)}
-    return Record(problem, *names, Timing.of([1e3 * each for each in seconds]), also=also)
+    return Record(problem, *names, Timing.of(steps), also={"parts_ms": parts})
 
 
 def shares(record: Record) -> dict[str, float]:
@@ -105,24 +100,15 @@ def scoped(model: nn.Module) -> Iterator[None]:
 # Attribution
 
 
-@dataclass
-class Tally:
-    """Seconds of kernels in each part, and how many there were."""
-
-    parts: dict[str, float]
-    operations: int = 0
-
-    @classmethod
-    def of(cls, events: Iterable[FunctionEvent], on_gpu: bool) -> Tally:
-        roots = [event for event in events if event.device_type == DeviceType.CPU and event.cpu_parent is None]
-        owners: dict[tuple[int, int], str] = {}
-        found = cls(dict.fromkeys(PARTS, 0.0))
-        for root in sorted(roots, key=lambda event: event.time_range.start):
-            for event, part in attributed(root, OTHER, owners):
-                kernels = gpu_kernels(event) if on_gpu else cpu_kernels(event)
-                found.parts[part] += sum(kernels) / 1e6
-                found.operations += len(kernels)
-        return found
+def times_of_parts(events: Iterable[FunctionEvent], on_gpu: bool) -> dict[str, float]:
+    """Milliseconds of kernels in each part."""
+    roots = [event for event in events if event.device_type == DeviceType.CPU and event.cpu_parent is None]
+    owners: dict[tuple[int, int], str] = {}
+    found = dict.fromkeys(PARTS, 0.0)
+    for root in sorted(roots, key=lambda event: event.time_range.start):
+        for event, part in attributed(root, OTHER, owners):
+            found[part] += kernel_time(event, on_gpu) / 1e3
+    return found
 
 
 def attributed(
@@ -143,25 +129,11 @@ def attributed(
         yield from attributed(child, part, owners)
 
 
-def cpu_kernels(event: FunctionEvent) -> list[float]:
-    """Microseconds of an operation of torch, but for those within it; nothing of views and of other events."""
-    namespace, _, name = event.name.partition("::")
-    if not name or namespace in NOT_KERNELS or is_view(event.name):
-        return []
-    return [max(0.0, event.self_cpu_time_total)]
-
-
-@lru_cache(maxsize=1024)
-def is_view(name: str) -> bool:
-    """Whether an operation returns its argument, looked at in another way; by its schema."""
-    schemas = torch._C._jit_get_schemas_for_operator(name)
-    results = [result.alias_info for schema in schemas[:1] for result in schema.returns]
-    return any(alias is not None and not alias.is_write for alias in results)
-
-
-def gpu_kernels(event: FunctionEvent) -> list[float]:
-    """Microseconds of the device's kernels that an event launched itself; a scope's own copy there is none."""
-    return [kernel.duration for kernel in event.kernels if kernel.name != event.name]
+def kernel_time(event: FunctionEvent, on_gpu: bool) -> float:
+    """Microseconds of kernels that an event launched itself, or on a CPU of an operation but for those within it."""
+    if on_gpu:
+        return sum(kernel.duration for kernel in event.kernels if kernel.name != event.name)  # no copy of a scope
+    return max(0.0, event.self_cpu_time_total) if event.name.startswith("aten::") else 0.0
 
 
 # Measuring
@@ -176,19 +148,17 @@ def measure(name: str, pass_: str, batch: int, device: torch.device, repeats: in
 
 def samples(
     model: nn.Module, step: Callable[[], object], on_gpu: bool, repeats: int
-) -> tuple[list[float], list[Tally]]:
-    """Seconds of steps, and the kernels of as many others under the profiler, by turns."""
-    synchronize = harness.waiter("cuda" if on_gpu else "cpu")
+) -> tuple[list[float], list[dict[str, float]]]:
+    """Milliseconds of steps, and of the parts of as many others under the profiler, by turns."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    seconds, tallies = [], []
+    steps, profiled = [], []
     for turn in range(WARMUPS + repeats):
-        seconds.append(harness.elapsed_ms(step, synchronize) / 1e3)
+        steps.append(harness.elapsed_ms(step, "cuda" if on_gpu else "cpu"))
         if turn >= WARMUPS:
             with scoped(model), profile(activities=activities, acc_events=True) as profiler:
-                step()
-                synchronize()
-            tallies.append(Tally.of(profiler.events(), on_gpu))
-    return seconds[WARMUPS:], tallies
+                harness.elapsed_ms(step, "cuda" if on_gpu else "cpu")
+            profiled.append(times_of_parts(profiler.events(), on_gpu))
+    return steps[WARMUPS:], profiled
 
 
 # The command
@@ -215,10 +185,9 @@ def run(args: argparse.Namespace) -> Results:
 
 def report(results: Results) -> str:
     first, parts = results.records[0], parts_in(results.records)
-    header = [f"{first.pass_}, batch {first.problem['batch']}, {first.dtype}", "ms", "operations", *parts]
+    header = [f"{first.pass_}, batch {first.problem['batch']}, {first.dtype}", "ms", *parts]
     rows = [
-        [record.implementation, milliseconds(record.timing.median), f"{record.also['operations']}"]
-        + [f"{shares(record)[part]:.1%}" for part in parts]
+        [record.implementation, milliseconds(record.timing.median), *(f"{shares(record)[part]:.1%}" for part in parts)]
         for record in results.records
         if record.timing
     ]

@@ -96,14 +96,13 @@ def load(path: Path) -> Results:
 
 
 def report(results: Results) -> str:
-    """The ceilings, and per layer work, the time of each limit, and how far ours and the others are from the bound."""
+    """The ceilings, and per layer work, the time of each limit, and how far ours is from the bound."""
     points, ceilings = points_in(results), results.ceilings
     assert ceilings is not None
     products = ", ".join(f"{short(rate)}FLOP/s in {name}" for name, rate in ceilings.product_flops_per_s.items())
     head = ["layer", "scores", "useful", "MB", *(f"{name} us" for name in LIMITS), "binds"]
-    peers = [name for name in implementations(points) if name not in OURS[:2]]
-    head += ["us", "of bound", *(f"x {name}" for name in peers)] if any(point.ours for point in points) else []
-    rows = [_row(point, ceilings, peers)[: len(head)] for point in points]
+    head += ["us", "of bound"] if any(point.ours for point in points) else []
+    rows = [_row(point, ceilings)[: len(head)] for point in points]
     lines = [
         f"Ceilings of {ceilings.device}, {ceilings.source}: copies {short(ceilings.copy_bytes_per_s)}B/s, "
         f"products {products}, {short(ceilings.exps_per_s)}exponentials/s",
@@ -115,16 +114,15 @@ def report(results: Results) -> str:
     return "\n".join(lines)
 
 
-def _row(point: Point, ceilings: Ceilings, peers: Sequence[str]) -> list[str]:
+def _row(point: Point, ceilings: Ceilings) -> list[str]:
     work, (binds, bound) = point.work, point.bound(ceilings)
     limits = work.limits(ceilings, point.dtype).values()
     row = [f"{point.layer} {point.dtype} {point.pass_}", f"{work.scores:.0f}", f"{work.useful_scores:.0f}"]
     row += [f"{work.bytes / 1e6:.1f}", *(f"{1e6 * seconds:.1f}" for seconds in limits), binds]
     if point.ours is None:
-        return [*row, *["-"] * (2 + len(peers))]
+        return [*row, "-", "-"]
     ours = point.seconds(point.ours)
-    ratios = [f"{point.seconds(name) / ours:.1f}" if name in point.timings else "-" for name in peers]
-    return [*row, f"{1e6 * ours:.1f}", f"{bound / ours:.0%}", *ratios]
+    return [*row, f"{1e6 * ours:.1f}", f"{bound / ours:.0%}"]
 
 
 def implementations(points: Sequence[Point]) -> list[str]:

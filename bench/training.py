@@ -38,12 +38,10 @@ def run(args: argparse.Namespace) -> Results:
         calls = {BARE: bare_step(args.model, images, labels), LOOP: loop_step(args, Path(folder), images, labels)}
         for call in calls.values():
             call()
-        synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-        timings = harness.measure(calls, budget=args.seconds, synchronize=synchronize)
+        timings = harness.measure(calls, args.seconds, device.type)
     problem = {"model": args.model, "batch": args.batch}
-    return Results(
-        "training", environment, [Record(problem, name, "training", "float32", timing=t) for name, t in timings.items()]
-    )
+    records = [Record(problem, name, "training", "float32", timing) for name, timing in timings.items()]
+    return Results("training", environment, records)
 
 
 def bare_step(name: str, images: Tensor, labels: Tensor) -> Callable[[], object]:
@@ -68,17 +66,8 @@ def loop_step(args: argparse.Namespace, folder: Path, images: Tensor, labels: Te
 
     parser = argparse.ArgumentParser()
     train.configure(parser)
-    more = [
-        "--model",
-        args.model,
-        "--batch-size",
-        str(args.batch),
-        "--device",
-        args.device,
-        "--out",
-        str(folder / "run"),
-    ]
-    going = train.prepare(parser.parse_args([*OPTIONS, *more]))
+    own = {"model": args.model, "batch-size": str(args.batch), "device": args.device, "out": str(folder / "run")}
+    going = train.prepare(parser.parse_args([*OPTIONS, *(word for k, v in own.items() for word in (f"--{k}", v))]))
     going.engine.parallel.train()
     return lambda: going.take(images, labels)
 
