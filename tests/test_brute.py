@@ -23,7 +23,7 @@ def test_backends_match_brute_force(chunk: int) -> None:
 @pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
 def test_key_masks_match_brute_force(count: int) -> None:
     rng = random.Random(count)
-    for sample in sampling.samples(count, seed=count, max_tokens=48):
+    for sample in sampling.samples(count, seed=count, max_tokens=48, borders=sampling.BORDERS):
         case = make_case(sample, rng, scale=rng.choice([None, 0.7]), masked=True)
         check(case, torch.float64, 1e-12, "reference", "tiled", truth="brute")
 
