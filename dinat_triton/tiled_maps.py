@@ -21,7 +21,7 @@ def forward(
     """Attends on every map."""
 
     def attend(own, geometry, own_seed):
-        return tiled.forward(own, rpb, own_seed, geometry, scale, dropout_p, need_lse)
+        return tiled.forward(_as_alone(own), rpb, own_seed, geometry, scale, dropout_p, need_lse)
 
     return batch.attend(attend, qkv, seed)
 
@@ -44,10 +44,15 @@ def backward(
     given = [*qkv, *grads, grad_out] if grad_lse is None else [*qkv, *grads, grad_out, grad_lse]
     grads_rpb: list[Tensor] = []
     for geometry, own, own_seed in batch.problems(given, seed):
-        own_qkv, own_grads, (own_out, *rest) = own[:count], own[count:end], own[end:]
+        own_grads, (own_out, *rest) = own[count:end], _as_alone(own[end:])
         own_lse = rest[0] if rest else None
         grad_rpb = tiled.backward(
-            own_qkv, rpb, own_seed, out, lse, own_out, own_lse, geometry, scale, dropout_p, own_grads
+            _as_alone(own[:count]), rpb, own_seed, out, lse, own_out, own_lse, geometry, scale, dropout_p, own_grads
         )
         grads_rpb += () if grad_rpb is None else (grad_rpb,)
     return torch.stack(grads_rpb).sum(0) if grads_rpb else None
+
+
+def _as_alone(maps: list[Tensor]) -> list[Tensor]:
+    """Maps as they would lie in memory alone: matrix products round differently where rows lie differently."""
+    return [x.clone(memory_format=torch.contiguous_format) for x in maps]
