@@ -54,9 +54,9 @@ def useful(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend, sizes=No
 
 @register_flop_formula(torch.ops.dinat_triton.fused_backward)
 def useful_backward(
-    qkv, rpb, seed, out, lse, grad_out, grad_lse, window, scale, dropout_p, backend, sizes=None, **others
+    qkv, rpb, seed, out, lse, grad_out, grad_lse, window, scale, dropout_p, backend, sizes=None, wanted=None, **others
 ) -> int:
-    """The backward, as it is defined."""
+    """The backward, as it is defined, whichever gradients are wanted."""
     return sum(dims.flops(dims.geometry.num_pairs, 3, 2) for dims in dims_of(qkv, window, sizes))
 
 
@@ -77,7 +77,7 @@ def evaluated(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend, sizes
 
 
 def evaluated_backward(
-    qkv, rpb, seed, out, lse, grad_out, grad_lse, window, scale, dropout_p, backend, sizes=None, **others
+    qkv, rpb, seed, out, lse, grad_out, grad_lse, window, scale, dropout_p, backend, sizes=None, wanted=None, **others
 ) -> int:
     """The backward, as its plans evaluate it."""
     every = dims_of([x.shape for x in qkv], window, sizes)

@@ -8,7 +8,8 @@ mode.
 The ops take query, key and value as a list: of the three, or of one tensor that packs them before its heads axis. A
 packed input gets a packed gradient, with no copy in between. `window` is kernel_size, stride, dilation, is_causal and
 the border's place in BORDERS, each of all axes, one after the other; `sizes`, of a batch of maps of different sizes,
-the axes of all maps. Behind `na` a key mask is the last of the list.
+the axes of all maps. Behind `na` a key mask is the last of the list. `wanted` tells which gradients to compute, of
+query, key and value as they come and then of the bias: by default all. The others are empty.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "fused_backward(Tensor[] qkv, Tensor? rpb, Tensor? seed, Tensor? out, Tensor? lse, Tensor grad_out, "
-    "Tensor? grad_lse, int[] window, float scale, float dropout_p, str backend, int[]? sizes=None) "
-    "-> (Tensor[], Tensor)"
+    "Tensor? grad_lse, int[] window, float scale, float dropout_p, str backend, int[]? sizes=None, "
+    "bool[]? wanted=None) -> (Tensor[], Tensor)"
 )
 LIBRARY.define(
     "fused_jvp(Tensor[] qkv, Tensor? rpb, Tensor? seed, Tensor[] qkv_tangents, Tensor? rpb_tangent, int[] window, "
@@ -191,25 +192,40 @@ def _fused_fake(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend, siz
     return out, lse
 
 
-def _fused_backward(qkv, rpb, seed, out, lse, grad_out, grad_lse, window, scale, dropout_p, backend, sizes=None):
+def _fused_backward(
+    qkv, rpb, seed, out, lse, grad_out, grad_lse, window, scale, dropout_p, backend, sizes=None, wanted=None
+):
     if _is_autocast_on(device := grad_out.device.type):  # the backward's, whatever was on in the forward
         with torch.autocast(device, enabled=False):
-            options = (window, scale, dropout_p, backend, sizes)
+            options = (window, scale, dropout_p, backend, sizes, wanted)
             return _fused_backward(qkv, rpb, seed, out, lse, grad_out, grad_lse, *options)
-    new = torch.empty_like if sizes is None else torch.zeros_like  # padding between maps is not written
-    grads = [new(x, memory_format=torch.contiguous_format) for x in split_mask(qkv)[0]]
+    *grads, grad_rpb = _empty_grads(qkv, rpb, wanted)
+    if sizes is not None:
+        grads = [x.zero_() for x in grads]  # padding between maps is not written
     if _holds_nothing(qkv[0]):
-        return grads, _no_bias(rpb, grad_out).zero_()
-    problem = _problem(qkv, window, sizes)
-    grad_rpb = _module(backend, sizes is not None).backward(
-        qkv, rpb, seed, out, lse, grad_out, grad_lse, problem, scale, dropout_p, grads
+        return grads, grad_rpb.zero_()
+    problem, wants = _problem(qkv, window, sizes), wanted or [True] * (len(grads) + 1)
+    into = [grad if wants_grad else None for grad, wants_grad in zip(grads, wants, strict=False)]
+    found = _module(backend, sizes is not None).backward(
+        qkv, rpb, seed, out, lse, grad_out, grad_lse, problem, scale, dropout_p, into, wants[-1]
     )
-    return grads, _no_bias(rpb, grad_out) if grad_rpb is None else grad_rpb
+    return grads, grad_rpb if found is None else found
 
 
-def _fused_backward_fake(qkv, rpb, seed, out, lse, grad_out, grad_lse, window, scale, dropout_p, backend, sizes=None):
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in split_mask(qkv)[0]]
-    return grads, _no_bias(rpb, qkv[0])
+def _fused_backward_fake(
+    qkv, rpb, seed, out, lse, grad_out, grad_lse, window, scale, dropout_p, backend, sizes=None, wanted=None
+):
+    *grads, grad_rpb = _empty_grads(qkv, rpb, wanted)
+    return grads, grad_rpb
+
+
+def _empty_grads(qkv: list[Tensor], rpb: Tensor | None, wanted: list[bool] | None) -> list[Tensor]:
+    """Room for the gradients of what travels, and of the bias; none for those that nobody wants."""
+    tensors = [*split_mask(qkv)[0], rpb]
+    return [
+        qkv[0].new_empty(0) if x is None or not wants else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x, wants in zip(tensors, wanted or [True] * len(tensors), strict=True)
+    ]
 
 
 def _fused_jvp(qkv, rpb, seed, qkv_tangents, rpb_tangent, window, scale, dropout_p, need_lse, backend, sizes=None):
@@ -235,11 +251,6 @@ def _fused_jvp_fake(qkv, rpb, seed, qkv_tangents, rpb_tangent, window, scale, dr
 
 def _holds_nothing(x: Tensor) -> bool:
     return x.is_meta or x.numel() == 0
-
-
-def _no_bias(rpb: Tensor | None, like: Tensor) -> Tensor:
-    """An op must return a tensor even where there is no bias to differentiate."""
-    return like.new_empty(0) if rpb is None else torch.empty_like(rpb, memory_format=torch.contiguous_format)
 
 
 @cache
@@ -282,12 +293,15 @@ class Fused(torch.autograd.Function):
             query, _, value = unpack(qkv)
             grad_out = query.new_zeros(*query.shape[:-1], value.shape[-1])
         grad_lse = grad_lse if ctx.need_lse else None
-        arguments = (qkv, rpb, seed, out, lse, grad_out, grad_lse, *ctx.options)
+        count = len(split_mask(qkv)[0])
+        wanted = [*ctx.needs_input_grad[8 : 8 + count], ctx.needs_input_grad[0]]
+        arguments = (qkv, rpb, seed, out, lse, grad_out, grad_lse, *ctx.options, wanted)
         # Where these gradients are recorded in turn, autograd has to learn that they have none.
         call = _fused_backward_autograd if torch.is_grad_enabled() else partial(_run, FUSED_BACKWARD, _fused_backward)
         grads, grad_rpb = call(*arguments)
-        no_mask = [None] * (len(qkv) - len(grads))
-        return None if rpb is None else grad_rpb, None, None, None, None, None, None, None, *grads, *no_mask
+        *grads, grad_rpb = [x if wants else None for x, wants in zip([*grads, grad_rpb], wanted, strict=True)]
+        no_mask = [None] * (len(qkv) - count)
+        return grad_rpb, None, None, None, None, None, None, None, *grads, *no_mask
 
     @staticmethod
     def jvp(ctx, rpb_tangent, _seed, _window, _scale, _dropout_p, _need_lse, _backend, _sizes, *qkv_tangents):

@@ -5,6 +5,8 @@ A key mask, `[batch, *shape]` with True where the key may be seen, comes behind 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,12 @@ from torch import Tensor
 def split_mask(tensors: list[Tensor]) -> tuple[list[Tensor], Tensor | None]:
     """Query, key and value as they travel, and the key mask."""
     return (tensors[:-1], tensors[-1]) if len(tensors) % 2 == 0 else (tensors, None)
+
+
+def unpack_grads(grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Where the gradients of query, key and value go; None for those that nobody wants."""
+    packed = grads[0]
+    return grads if len(grads) == 3 or packed is None else [*packed.unbind(-3)]
 
 
 def unpack(tensors: list[Tensor]) -> list[Tensor]:

@@ -5,6 +5,7 @@ Runs wherever torch does. Memory is linear in tokens: tiles are gathered, attend
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -18,7 +19,7 @@ from dinat_triton import bias, store
 from dinat_triton.candidates import Candidates
 from dinat_triton.dropout import keep_mask
 from dinat_triton.geometry import Geometry
-from dinat_triton.packing import split_mask, unpack
+from dinat_triton.packing import split_mask, unpack, unpack_grads
 from dinat_triton.plan import Cost, Plan
 from dinat_triton.tile_groups import SCORES_AT_ONCE, CutClass, Group, cut_of
 
@@ -81,38 +82,53 @@ def backward(
     geometry: Geometry,
     scale: float,
     dropout_p: float,
-    grads: list[Tensor],
+    grads: Sequence[Tensor | None],
+    wants_bias: bool = True,
     tile: tuple[int, ...] | None = None,
 ) -> Tensor | None:
-    """Writes the gradients of query, key and value into `grads` and returns that of `rpb`. Recomputes the softmax."""
+    """Writes the gradients of query, key and value into `grads` and returns that of `rpb`. Recomputes the softmax.
+
+    None among `grads` stands for one that is not wanted.
+    """
     call = Call(qkv, rpb, seed, geometry, scale, dropout_p, tile)
     grad_out = call.tokens(grad_out)
     grad_lse = None if grad_lse is None else call.tokens(grad_lse.unsqueeze(-1))
-    grad_q = Rows(call, call.q.shape[-1], call.dtype)
-    grad_k, grad_v = (x.new_zeros(x.shape, dtype=call.dtype).flatten(0, -3) for x in unpack(qkv)[1:])
-    grad_rpb = None if rpb is None else torch.zeros_like(rpb, dtype=call.dtype).flatten(1)
+    into_q, into_k, into_v = unpack_grads(grads)
+    grad_q = None if into_q is None else Rows(call, into_q.shape[-1], call.dtype)
+    grad_k, grad_v = (
+        None if into is None else into.new_zeros(into.shape, dtype=call.dtype).flatten(0, -3)
+        for into in (into_k, into_v)
+    )
+    grad_rpb = torch.zeros_like(rpb, dtype=call.dtype).flatten(1) if rpb is not None and wants_bias else None
     for tiles in call.cut.classes():
         table = call.table(tiles)
-        grad_table = torch.zeros_like(table) if rpb is not None else None
+        grad_table = None if grad_rpb is None else torch.zeros_like(table)
         for group in tiles.groups():
             # Contiguous, because each goes into two products, and each product would copy it.
             qt, kt, vt = (x.to(call.dtype).contiguous() for x in call.tiles(group))
             do = call.take_rows(grad_out, group).to(call.dtype).contiguous()
             p = call.softmax(call.logits(qt, kt, call.mask(table, group)), -1)
-            call.add(call.drop(p, group).mT @ do, group, grad_v)
+            if grad_v is not None:
+                call.add(call.drop(p, group).mT @ do, group, grad_v)
+            if grad_q is None and grad_k is None and grad_table is None:
+                continue
             dp = call.drop(do @ vt.mT, group)
             ds = dp.sub_((p * dp).sum(-1, keepdim=True))
             if grad_lse is not None:
                 ds += call.take_rows(grad_lse, group)
             ds *= p
-            grad_q.add((ds @ kt).mul_(scale), group)
-            call.add((ds.mT @ qt).mul_(scale), group, grad_k)
+            if grad_q is not None:
+                grad_q.add((ds @ kt).mul_(scale), group)
+            if grad_k is not None:
+                call.add((ds.mT @ qt).mul_(scale), group, grad_k)
             if grad_table is not None:
                 grad_table += ds.sum(0).view_as(grad_table)
         if grad_rpb is not None and grad_table is not None:
             grad_rpb += bias.table_grad(grad_table.flatten(1), tiles.pair_indices(), geometry.num_offsets)
-    for grad, total in zip(unpack(grads), (grad_q.as_map(), grad_k, grad_v), strict=True):
-        grad.copy_(total.view(grad.shape))
+    totals = (None if grad_q is None else grad_q.as_map(), grad_k, grad_v)
+    for into, total in zip((into_q, into_k, into_v), totals, strict=True):
+        if into is not None and total is not None:
+            into.copy_(total.view(into.shape))
     return None if rpb is None or grad_rpb is None else grad_rpb.to(rpb.dtype).view(rpb.shape)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,17 +39,21 @@ def backward(
     batch: MapBatch,
     scale: float,
     dropout_p: float,
-    grads: list[Tensor],
+    grads: Sequence[Tensor | None],
+    wants_bias: bool = True,
 ) -> Tensor | None:
     """Writes every map's gradients into its part of `grads`, and returns that of `rpb`: the sum over the maps."""
-    count, end = len(qkv), len(qkv) + len(grads)
-    given = [*qkv, *grads, grad_out] if grad_lse is None else [*qkv, *grads, grad_out, grad_lse]
+    count, wanted = len(qkv), [grad for grad in grads if grad is not None]
+    end = count + len(wanted)
+    given = [*qkv, *wanted, grad_out] if grad_lse is None else [*qkv, *wanted, grad_out, grad_lse]
     grads_rpb: list[Tensor] = []
     for geometry, own, own_seed in batch.problems(given, seed):
-        own_grads, (own_out, *rest) = own[count:end], _as_alone(own[end:])
+        own_qkv, own_wanted = _as_alone(own[:count]), iter(own[count:end])
+        own_out, *rest = _as_alone(own[end:])
+        own_grads = [None if grad is None else next(own_wanted) for grad in grads]
         own_lse = rest[0] if rest else None
         grad_rpb = tiled.backward(
-            _as_alone(own[:count]), rpb, own_seed, out, lse, own_out, own_lse, geometry, scale, dropout_p, own_grads
+            own_qkv, rpb, own_seed, out, lse, own_out, own_lse, geometry, scale, dropout_p, own_grads, wants_bias
         )
         grads_rpb += () if grad_rpb is None else (grad_rpb,)
     return torch.stack(grads_rpb).sum(0) if grads_rpb else None

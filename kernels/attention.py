@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -18,7 +19,7 @@ from dinat_triton.kernels.prepare import (
     prepare_forward,
 )
 from dinat_triton.map_batch import MapBatch
-from dinat_triton.packing import split_mask, unpack
+from dinat_triton.packing import split_mask, unpack, unpack_grads
 
 
 def forward(
@@ -57,21 +58,27 @@ def backward(
     geometry: Geometry | MapBatch,
     scale: float,
     dropout_p: float,
-    grads: list[Tensor],
+    grads: Sequence[Tensor | None],
+    wants_bias: bool = True,
     preset: Preset | None = None,
 ) -> Tensor | None:
-    """Writes the gradients of query, key and value into `grads`, and returns that of `rpb`."""
-    grad_q, grad_k, grad_v = outputs = _items(unpack(grads), geometry)
+    """Writes the gradients of query, key and value into `grads`, and returns that of `rpb`.
+
+    None among `grads` stands for one that is not wanted.
+    """
+    grad_q, grad_k, grad_v = outputs = [x if x is None else _items([x], geometry)[0] for x in unpack_grads(grads)]
     inputs = _items([*unpack(qkv), grad_out], geometry)
+    written = [x if grad is None else grad for x, grad in zip(inputs, outputs, strict=False)]
     key_mask = _mask_bytes(qkv)
-    given = (grad_lse is not None, seed is not None, key_mask is not None, preset)
-    launches = prepare_backward(geometry, _places(inputs + outputs), *_kind(inputs[0], rpb), *given)
+    wanted = (*(grad is not None for grad in outputs), wants_bias and rpb is not None)
+    given = (grad_lse is not None, seed is not None, key_mask is not None, wanted, preset)
+    launches = prepare_backward(geometry, _places(inputs + written), *_kind(inputs[0], rpb), *given)
     query, key, value, grad_out = _evened(inputs, launches.uneven)
     numbers = (scale, *_keep(dropout_p))
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    partials = None if rpb is None else lse.new_empty(launches.partials)
+    partials = lse.new_empty(launches.partials) if wanted[3] else None
     # Of each row: the log-sum-exp to base 2, and delta. Tiles of queries write them for tiles of keys.
-    stats = lse.new_empty((*lse.shape, 2)) if launches.keys else None
+    stats = lse.new_empty((*lse.shape, 2)) if launches.queries else None
     with _on(query.device):
         tensors: tuple[Tensor | None, ...]
         for launch in launches.closed:

@@ -5,6 +5,8 @@ With P the probabilities, dP = dO . v, delta = rowsum(P * dP) and dL the gradien
 
 Loops over batch items and heads hoist nothing (disable_licm): the addresses they would keep cost registers that spill.
 
+A gradient that nobody wants is None, and so what only it needs is not computed.
+
 Closed tiles, whose columns no other tile reads, take one pass with five products. Others take two: tiles of queries for
 dq and the bias, then tiles of keys, on the transposed plan, for dk and dv.
 """
@@ -84,22 +86,25 @@ def closed_backward_kernel(
             dropped = drop(p, dropout, draw_row, draw_col, batch_head)
             # Before dP: the copy of P that goes into this product is gone when dP needs its registers.
             dv_tile = dot(tl.trans(dropped.to(do_tile.dtype)), do_tile, None, PRECISION)  # [C, DV]
-            store_tile(find_head(grad_v, dv_strides, i, head), col_tok, dv_tile, DV)
+            if grad_v is not None:
+                store_tile(find_head(grad_v, dv_strides, i, head), col_tok, dv_tile, DV)
             dp = dot(do_tile, tl.trans(v_tile), None, PRECISION)  # [R, C]
             dp = drop(dp, dropout, draw_row, draw_col, batch_head)
             delta = tl.sum(p * dp, 1)
             if grad_lse is not None:
                 delta -= load_row(grad_lse + row_at, row_tok, heads)
             ds = p * (dp - delta[:, None])
-            if rpb is not None:
+            if grad_pairs is not None:
                 grad_bias += ds
             ds = ds.to(q_tile.dtype)
-            dq_tile = dot(ds, k_tile, None, PRECISION) * scale  # [R, D]
-            store_tile(find_head(grad_q, dq_strides, i, head), row_tok, dq_tile, D)
-            dk_tile = dot(tl.trans(ds), q_tile, None, PRECISION) * scale  # [C, D]
-            store_tile(find_head(grad_k, dk_strides, i, head), col_tok, dk_tile, D)
+            if grad_q is not None:
+                dq_tile = dot(ds, k_tile, None, PRECISION) * scale  # [R, D]
+                store_tile(find_head(grad_q, dq_strides, i, head), row_tok, dq_tile, D)
+            if grad_k is not None:
+                dk_tile = dot(tl.trans(ds), q_tile, None, PRECISION) * scale  # [C, D]
+                store_tile(find_head(grad_k, dk_strides, i, head), col_tok, dk_tile, D)
 
-    if rpb is not None:
+    if grad_pairs is not None:
         program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
         tl.store(grad_pairs + (program * ROWS + row[:, None]) * CHUNK + col[None, :], grad_bias)
 
@@ -182,9 +187,9 @@ def query_backward_kernel(
                 ds = p * (dp - delta[:, None])
                 if GRAD_BIAS:
                     grad_bias += ds
-                if GRAD_QUERY:
+                if GRAD_QUERY and grad_q is not None:
                     dq_tile = dot(ds.to(k_tile.dtype), k_tile, dq_tile, PRECISION)
-            if GRAD_QUERY:
+            if GRAD_QUERY and grad_q is not None:
                 store_tile(find_head(grad_q, dq_strides, i, head), row_tok, dq_tile * scale, D)
 
     if GRAD_BIAS:
@@ -245,8 +250,10 @@ def key_backward_kernel(
                     dp = drop(dp, dropout, draw_col, draw_row, batch_head)
                     ds = p * (dp - delta[None, :])
                     dk_tile = dot(ds.to(q_tile.dtype), q_tile, dk_tile, PRECISION)
-            store_tile(find_head(grad_k, dk_strides, i, kv_head), row_tok, dk_tile * scale, D)
-            store_tile(find_head(grad_v, dv_strides, i, kv_head), row_tok, dv_tile, DV)
+            if grad_k is not None:
+                store_tile(find_head(grad_k, dk_strides, i, kv_head), row_tok, dk_tile * scale, D)
+            if grad_v is not None:
+                store_tile(find_head(grad_v, dv_strides, i, kv_head), row_tok, dv_tile, DV)
 
 
 @triton.jit(do_not_specialize=["programs", "splits", "heads", "pairs"])

@@ -134,12 +134,16 @@ def _prepare_forward(
 def _prepare_backward(
     geometry: Geometry | MapBatch, places: tuple[Place, ...], dtype: torch.dtype, device: torch.device, tf32: bool,
     rpb_dtype: torch.dtype | None, has_grad_lse: bool, dropout: bool, masked: bool,
-    preset: Preset | None = None,
+    wanted: tuple[bool, ...], preset: Preset | None = None,
 ) -> Backward:  # fmt: skip
-    """The backward's launches. `places` are those of query, key and value, of the output's gradient, and of theirs."""
+    """The backward's launches.
+
+    `places` are those of query, key and value, of the output's gradient, and of theirs. `wanted` are the gradients of
+    query, key, value and bias.
+    """
     places, uneven = _even(places)
     problem = _problem(geometry, places, dtype, device, rpb_dtype is not None, tf32, preset)
-    has_bias = rpb_dtype is not None
+    has_bias, wants_bias = rpb_dtype is not None, wanted[3]
     if has_closed_backward(problem):
         schedule = schedule_of(problem, "closed_backward")
         of_kernel = (*places[:3], *places[4:], places[3])
@@ -148,10 +152,12 @@ def _prepare_backward(
         }
     else:
         schedule = schedule_of(problem, "query_backward")
-        keys = _key_launch(problem, schedule_of(problem, "key_backward"), places, has_bias)
-        launches = {"queries": tuple(_query_launches(problem, schedule, places, has_bias)), "keys": (keys,)}
+        launches = {"queries": tuple(_query_launches(problem, schedule, places, has_bias, wants_bias))}
+        if wanted[1] or wanted[2]:
+            keys = schedule_of(problem, "key_backward")
+            launches["keys"] = (_key_launch(problem, keys, places, has_bias),)
     programs, splits = schedule.grid
-    folds = _folds(problem, schedule) if has_bias else None
+    folds = _folds(problem, schedule) if wants_bias else None
     return Backward(uneven, (splits, programs, schedule.layout.pairs), folds, **launches)
 
 
@@ -172,11 +178,11 @@ prepare_backward = Kept(_prepare_backward, _bytes_of_backward, MOST_LAUNCHES, MO
 
 
 def _query_launches(
-    problem: Problem, schedule: Schedule, places: tuple[Place, ...], has_bias: bool
+    problem: Problem, schedule: Schedule, places: tuple[Place, ...], has_bias: bool, wants_bias: bool
 ) -> Iterator[Launch]:
     """One for dq and the bias gradient, or one for each where the columns of a tile take several chunks."""
     q, k, v, grad_out, grad_q, _, _ = places
-    for grad_query, grad_bias in _query_passes(schedule, has_bias):
+    for grad_query, grad_bias in _query_passes(schedule, wants_bias):
         all_chunks = grad_query and not schedule.one_chunk
         table = _table(problem, schedule) if all_chunks and has_bias else None
         form = {"ALL_CHUNKS": all_chunks, "GRAD_QUERY": grad_query, "GRAD_BIAS": grad_bias}
@@ -192,10 +198,10 @@ def _key_launch(problem: Problem, schedule: Schedule, places: tuple[Place, ...],
     return _launch(key_backward_kernel, problem, schedule, (q, k, v, grad_k, grad_v, grad_out), table)
 
 
-def _query_passes(schedule: Schedule, has_bias: bool) -> list[tuple[bool, bool]]:
+def _query_passes(schedule: Schedule, wants_bias: bool) -> list[tuple[bool, bool]]:
     """Whether each launch of `query_backward_kernel` computes dq, and the bias gradient."""
-    if not has_bias or schedule.one_chunk:
-        return [(True, has_bias)]
+    if not wants_bias or schedule.one_chunk:
+        return [(True, wants_bias)]
     return [(True, False), (False, True)]
 
 

@@ -12,7 +12,7 @@ import dinat_triton as dt
 from dinat_triton import tile_groups, tiled
 from dinat_triton.bench.memory import in_fresh_process, resident_peak
 from tests.oracles import sampling
-from tests.oracles.cases import NA, check, hide, make_case
+from tests.oracles.cases import NA, check, check_wanted, hide, make_case
 
 BACKENDS = ("reference", "tiled")
 
@@ -61,6 +61,13 @@ def test_tiles_of_any_size_give_the_same_answer(rank: int, monkeypatch: pytest.M
         tile_groups.cut_of.cache_clear()
         case = make_case(sample, rng, scale=0.3, dropout_p=rng.choice([0.0, 0.4]))
         check(case, torch.float64, 1e-12, "tiled")
+
+
+@pytest.mark.parametrize("kernel", [3, 5])  # some tiles of the map, and one that is all of it
+def test_gradients_that_are_wanted_alone(kernel: int, poisoned: None) -> None:
+    sample = sampling.Sample((5, 5), (kernel, kernel), (1, 1), (1, 1), (False, False))
+    for backend in BACKENDS:
+        check_wanted(make_case(sample, random.Random(0), batch=2, biased=True, dropout_p=0.2), backend)
 
 
 def peak_of_large_windows() -> int:

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 from triton.runtime import JITFunction
 
+import dinat_triton as dt
 from dinat_triton.geometry import Geometry
 from dinat_triton.kernels import attention, prepare
 from dinat_triton.kernels.kept import Kept
@@ -107,6 +108,15 @@ def test_results_are_kept_within_their_bounds() -> None:
     for n in (5, 4, 5, 4, 3, 4, 20, 20, 1, 2, 3, 4, 2):  # 3 pushes 5 out, 20 all, 1 that, and 4 the oldest of four
         assert kept(n) == n
     assert made == [5, 4, 3, 20, 1, 2, 3, 4]
+
+
+def test_a_pass_of_which_nothing_is_wanted_is_not_launched(gpu: GPU) -> None:
+    for wanted, passes in ((0, {"query_backward_kernel"}), (2, {"query_backward_kernel", "key_backward_kernel"})):
+        qkv = [torch.randn(1, *OPEN.shape, 2, 16, dtype=torch.bfloat16, requires_grad=i == wanted) for i in range(3)]
+        out = dt.na2d(*qkv, OPEN.kernel_size, rpb=torch.zeros(2, *OPEN.bias_shape), backend="triton")
+        gpu.launched = []
+        out.sum().backward()
+        assert {x.kernel for x in gpu.launched} - {"table_kernel"} == passes
 
 
 def test_a_backward_counts_the_arrays_of_all_its_launches(gpu: GPU) -> None:

@@ -117,7 +117,7 @@ def variants_of(
     with _recording(target) as variants:
         out, lse = attention.forward([qkv], rpb, None, geometry, scale, 0.0, True, preset)
         grads = [torch.empty_like(qkv)]
-        attention.backward([qkv], rpb, None, out, lse, out, None, geometry, scale, 0.0, grads, preset)
+        attention.backward([qkv], rpb, None, out, lse, out, None, geometry, scale, 0.0, grads, preset=preset)
     return variants
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import dinat_triton as dt
 from tests.oracles import sampling
-from tests.oracles.cases import check, check_narrow, hide, make_case
+from tests.oracles.cases import check, check_narrow, check_wanted, hide, make_case
 
 pytestmark = [
     pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="set TRITON_INTERPRET=1"),
@@ -56,6 +56,11 @@ def test_queries_that_see_nothing(sample: sampling.Sample, poisoned: None) -> No
     case.leaves[3][1].clamp_(min=torch.finfo(torch.float32).min)  # hides a key as -inf does
     for name, value in case.run("triton", torch.float32).items():
         torch.testing.assert_close(value.double(), exact[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sample", [CLOSED, MANY_CHUNKS], ids=str)
+def test_gradients_that_are_wanted_alone(sample: sampling.Sample, poisoned: None) -> None:
+    check_wanted(make_case(sample, random.Random(0), heads=2, batch=1, biased=True, dropout_p=0.2), "triton")
 
 
 @pytest.mark.parametrize("sample", [CLOSED, MANY_CHUNKS, PARTIAL], ids=str)

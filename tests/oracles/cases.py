@@ -1,6 +1,7 @@
 """Problems of attention, run by any backend or by brute force, and compared in float64."""
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -25,13 +26,17 @@ class Case:
     dropout_p: float = 0.0
     key_mask: Tensor | None = None
 
-    def run(self, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Outputs and gradients; the bias is never narrower than float32, as a parameter under autocast would be.
+    def run(self, backend: str, dtype: torch.dtype, wanted: Iterable[int] = range(4)) -> dict[str, Tensor]:
+        """Outputs, and gradients of the wanted leaves.
 
+        The bias is never narrower than float32, as a parameter under autocast would be.
         `backend` is one of ours, which get NaNs in hidden keys and values, or "brute" for loops over the definition.
         """
         wide = torch.promote_types(dtype, torch.float32)
-        leaves = [x.to(dtype if i < 3 else wide).detach().requires_grad_() for i, x in enumerate(self.leaves)]
+        leaves = [x.to(dtype if i < 3 else wide).detach() for i, x in enumerate(self.leaves)]
+        wanted = [i for i in wanted if i < len(leaves)]
+        for i in wanted:
+            leaves[i].requires_grad_()
         options = self.sample.kwargs() | {"scale": self.scale, "rpb": leaves[3] if len(leaves) == 4 else None}
         if self.key_mask is not None:
             options["key_mask"] = self.key_mask
@@ -44,9 +49,11 @@ class Case:
             torch.manual_seed(3)  # the same dropout everywhere
             options |= {"dropout_p": self.dropout_p, "return_lse": True, "backend": backend}
             out, lse = NA[self.sample.rank](*leaves[:3], **options)
-        grads = torch.autograd.grad([out, lse], leaves, [self.grad_out.to(out.dtype), self.grad_lse.to(lse.dtype)])
-        names = ("out", "lse", "grad_query", "grad_key", "grad_value", "grad_rpb")
-        return dict(zip(names, (out.detach(), lse.detach(), *grads), strict=False))
+        outputs = [x for x in (out, lse) if x.requires_grad]  # the reference's log-sum-exp does not depend on values
+        given = [self.grad_out.to(out.dtype), self.grad_lse.to(lse.dtype)]
+        grads = torch.autograd.grad(outputs, [leaves[i] for i in wanted], given[: len(outputs)])
+        names = ("grad_query", "grad_key", "grad_value", "grad_rpb")
+        return {"out": out.detach(), "lse": lse.detach()} | dict(zip([names[i] for i in wanted], grads, strict=True))
 
 
 def make_case(sample: Sample, rng: random.Random, device: str = "cpu", **options) -> Case:
@@ -66,6 +73,14 @@ def make_case(sample: Sample, rng: random.Random, device: str = "cpu", **options
     if options.pop("masked", False):
         options["key_mask"] = torch.rand(lead, device=device) < rng.choice([0.2, 0.6, 0.9])
     return Case(sample, leaves, normal(*lead, heads, value_dim), normal(*lead, heads), **options)
+
+
+def check_wanted(case: Case, backend: str, dtype: torch.dtype = torch.float32) -> None:
+    """Compares gradients that are wanted alone, and in pairs, with those of a backward of all."""
+    every = case.run(backend, dtype)
+    for wanted in [(0,), (1,), (2,), (3,), (0, 3), (1, 2)]:
+        for name, value in case.run(backend, dtype, wanted).items():
+            torch.testing.assert_close(value, every[name], msg=lambda m, x=f"{name} of {wanted}": f"{x}: {m}")
 
 
 def hide(case: Case) -> Tensor:
