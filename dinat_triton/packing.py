@@ -5,8 +5,6 @@ A key mask, `[batch, *shape]` with True where the key may be seen, comes behind 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -16,7 +14,7 @@ def split_mask(tensors: list[Tensor]) -> tuple[list[Tensor], Tensor | None]:
     return (tensors[:-1], tensors[-1]) if len(tensors) % 2 == 0 else (tensors, None)
 
 
-def unpack_grads(grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+def unpack_grads(grads: list[Tensor | None]) -> list[Tensor | None]:
     """Where the gradients of query, key and value go; None for those that nobody wants."""
     packed = grads[0]
     return grads if len(grads) == 3 or packed is None else [*packed.unbind(-3)]

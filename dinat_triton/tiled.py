@@ -5,7 +5,6 @@ Runs wherever torch does. Memory is linear in tokens: tiles are gathered, attend
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -82,7 +81,7 @@ def backward(
     geometry: Geometry,
     scale: float,
     dropout_p: float,
-    grads: Sequence[Tensor | None],
+    grads: list[Tensor | None],
     wants_bias: bool = True,
     tile: tuple[int, ...] | None = None,
 ) -> Tensor | None:

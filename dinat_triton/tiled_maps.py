@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -39,7 +37,7 @@ def backward(
     batch: MapBatch,
     scale: float,
     dropout_p: float,
-    grads: Sequence[Tensor | None],
+    grads: list[Tensor | None],
     wants_bias: bool = True,
 ) -> Tensor | None:
     """Writes every map's gradients into its part of `grads`, and returns that of `rpb`: the sum over the maps."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def backward(
     geometry: Geometry | MapBatch,
     scale: float,
     dropout_p: float,
-    grads: Sequence[Tensor | None],
+    grads: list[Tensor | None],
     wants_bias: bool = True,
     preset: Preset | None = None,
 ) -> Tensor | None:
@@ -66,11 +66,11 @@ def backward(
 
     None among `grads` stands for one that is not wanted.
     """
-    grad_q, grad_k, grad_v = outputs = [x if x is None else _items([x], geometry)[0] for x in unpack_grads(grads)]
+    grad_q, grad_k, grad_v = outputs = _items(unpack_grads(grads), geometry)
     inputs = _items([*unpack(qkv), grad_out], geometry)
     written = [x if grad is None else grad for x, grad in zip(inputs, outputs, strict=False)]
     key_mask = _mask_bytes(qkv)
-    wanted = (*(grad is not None for grad in outputs), wants_bias and rpb is not None)
+    wanted = (grad_q is not None, grad_k is not None, grad_v is not None, wants_bias and rpb is not None)
     given = (grad_lse is not None, seed is not None, key_mask is not None, wanted, preset)
     launches = prepare_backward(geometry, _places(inputs + written), *_kind(inputs[0], rpb), *given)
     query, key, value, grad_out = _evened(inputs, launches.uneven)
@@ -121,9 +121,11 @@ def _fold(rpb: Tensor | None, partials: Tensor | None, launches: Backward) -> Te
     return grad
 
 
-def _items(tensors: list[Tensor], geometry: Geometry | MapBatch) -> list[Tensor]:
-    """Tensors as the kernels see them: maps of different sizes together are one batch item."""
-    return [x.flatten(0, -3).unsqueeze(0) for x in tensors] if isinstance(geometry, MapBatch) else tensors
+def _items(tensors: list[Any], geometry: Geometry | MapBatch) -> list[Any]:
+    """Tensors, or None, as the kernels see them: maps of different sizes together are one batch item."""
+    if not isinstance(geometry, MapBatch):
+        return tensors
+    return [None if x is None else x.flatten(0, -3).unsqueeze(0) for x in tensors]
 
 
 def _evened(tensors: list[Tensor], uneven: tuple[int, ...]) -> list[Tensor]:

@@ -116,8 +116,8 @@ def variants_of(
         rpb = torch.empty(layer.heads, *geometry.bias_shape, device="meta", dtype=dtype)
     with _recording(target) as variants:
         out, lse = attention.forward([qkv], rpb, None, geometry, scale, 0.0, True, preset)
-        grads = [torch.empty_like(qkv)]
-        attention.backward([qkv], rpb, None, out, lse, out, None, geometry, scale, 0.0, grads, preset=preset)
+        into: list[torch.Tensor | None] = [torch.empty_like(qkv)]
+        attention.backward([qkv], rpb, None, out, lse, out, None, geometry, scale, 0.0, into, preset=preset)
     return variants
 
 
