@@ -53,6 +53,12 @@ class Axis:
         """Distance from the ends of a residue class at which neither windows nor observers know of them any more."""
         return self.kernel + self.stride
 
+    @property
+    def closed_columns(self) -> int:
+        """Columns that a tile needs which shares none with another one: a residue class, where windows overlap."""
+        longest = -(-self.size // self.dilation)
+        return longest if self.stride < self.kernel else min(self.kernel, longest)
+
     def residue_classes(self) -> Iterator[tuple[int, IntArray]]:
         """Yields (class length, its residues). Lengths differ by one where the dilation does not divide the size."""
         length, longer = divmod(self.size, self.dilation)

@@ -91,9 +91,12 @@ def _lay_out(plan: Plan | MapPlans, tiles_per_run: int, wide: bool, device: torc
     sizes = _sizes(plan)
     most_rows, most_columns = plan.largest
     max_chunks = -(-most_columns // plan.chunk)
-    shifts = _shifts(sizes)
-    rows = np.concatenate([_rows(size, plan.block or most_rows, shifts) for size in sizes])
-    columns = np.concatenate([_columns(size, max_chunks * plan.chunk, shifts) for size in sizes])
+    windows = [[_windows(axis) for axis in size.plan.axes] for size in sizes]
+    shifts = _shifts(windows)
+    rows, columns = (
+        np.concatenate([of(size, slots, own, shifts) for size, own in zip(sizes, windows, strict=True)])
+        for of, slots in ((_rows, plan.block or most_rows), (_columns, max_chunks * plan.chunk))
+    )
     distinct, alike = _distinct(rows, columns) if len(sizes) > 1 else 2 * (np.arange(len(rows)),)
     owner, bases = _bases(sizes)
     owner = alike[owner]
@@ -119,53 +122,69 @@ def _distinct(rows: IntArray, columns: IntArray) -> tuple[IntArray, IntArray]:
     return np.unique(alike, return_index=True)[1], np.array(alike)
 
 
-def _windows(tiles: AxisTiles) -> IntArray:
-    """`[rows]`: the number of each row's window on an axis, counted over different windows."""
-    return np.append(0, np.cumsum((np.diff(tiles.first) != 0) | (np.diff(tiles.last) != 0)))
+def _windows(axis: tuple[AxisTiles, ...]) -> IntArray:
+    """The number of each row's window on an axis, counted over the different windows of its class."""
+    first, last = _joined(axis, "first"), _joined(axis, "last")
+    number = np.zeros(len(first), dtype=np.int64)
+    number[1:] = ((first[1:] != first[:-1]) | (last[1:] != last[:-1])).cumsum()
+    rows = np.array([tiles.rows for tiles in axis])
+    return number - number[rows.cumsum() - rows].repeat(rows)
 
 
-def _windows_without(tiles: AxisTiles) -> IntArray:
-    """`[columns]`: of each column on an axis, the bits of the windows that it is not in."""
-    column, bits = np.arange(tiles.columns), 1 << _windows(tiles)
-    unseen = (column < tiles.first[:, None]) | (column > tiles.last[:, None])
-    return np.bitwise_or.reduce(np.where(unseen, bits[:, None], 0))
+def _windows_without(axis: tuple[AxisTiles, ...], windows: IntArray) -> IntArray:
+    """Of each column on an axis, the bits of the windows that it is not in: all before some, and all from some on."""
+    rows = np.array([tiles.rows for tiles in axis])
+    row_class, _ = counted(rows)
+    column_class, column = counted(np.array([tiles.columns for tiles in axis]))
+    apart, ends = column.max() + 1, rows.cumsum()
+    count = windows[ends - 1][column_class] + 1
+    above, here = row_class * apart, column + column_class * apart
+
+    def bit(row: IntArray) -> IntArray:
+        return 1 << np.where(row == ends[column_class], count, windows.take(row, mode="clip"))
+
+    # Both ends of windows rise from row to row.
+    first_seen = bit(np.searchsorted(_joined(axis, "last") + above, here))
+    first_behind = bit(np.searchsorted(_joined(axis, "first") + above, here, "right"))
+    return (1 << count) - 1 - (first_behind - first_seen)
 
 
-def _shifts(sizes: tuple[SizePlan, ...]) -> list[int | None]:
+def _shifts(windows: list[list[IntArray]]) -> list[int | None]:
     """Where the bits of each axis begin in a word, behind one for columns and one for rows; None for a long axis."""
-    axes = zip(*(size.plan.axes for size in sizes), strict=True)
-    counts = [max(int(_windows(tiles)[-1]) + 1 for axis in alike for tiles in axis) for alike in axes]
+    counts = [max(int(window.max()) + 1 for window in axis) for axis in zip(*windows, strict=True)]
     long = counts.index(max(counts)) if 2 + sum(counts) > WORD_BITS else None
     starts = accumulate((0 if axis == long else n for axis, n in enumerate(counts)), initial=2)
     return [None if axis == long else start for axis, start in zip(range(len(counts)), starts, strict=False)]
 
 
-def _rows(size: SizePlan, slots: int, shifts: list[int | None]) -> IntArray:
+def _rows(size: SizePlan, slots: int, windows: list[IntArray], shifts: list[int | None]) -> IntArray:
     plan = size.plan
     places, filled = _places(plan, "rows", _kinds(plan)[:, :, None], np.arange(slots))
     rows = np.zeros((5, *filled.shape), dtype=np.int64)
     steps = [d * stride for d, stride in zip(plan.geometry.dilation, size.token_strides, strict=True)]
     strides = steps, row_major_strides(plan.geometry.bias_shape)
-    for axis, place, step, bias_stride, shift in zip(plan.axes, places, *strides, shifts, strict=True):
+    for axis, place, step, bias_stride, window, shift in zip(plan.axes, places, *strides, windows, shifts, strict=True):
         number = np.concatenate([np.arange(tiles.rows) for tiles in axis])
         code, first, last = (_joined(axis, name) for name in ("row_code", "first", "last"))
-        none, window = np.zeros_like(number), np.concatenate([_windows(tiles) for tiles in axis])
+        none = np.zeros_like(number)
         sight = (none, first, last - first + 1) if shift is None else (1 << shift + window, none, none)
         rows += np.stack((number * step, code * bias_stride, *sight)).take(place, axis=1)
     rows[2] += ROW_BIT
     return _padded(rows, filled, (EMPTY, 0, -1, 0, 0))
 
 
-def _columns(size: SizePlan, slots: int, shifts: list[int | None]) -> IntArray:
+def _columns(size: SizePlan, slots: int, windows: list[IntArray], shifts: list[int | None]) -> IntArray:
     plan = size.plan
     places, filled = _places(plan, "columns", _kinds(plan)[:, :, None], np.arange(slots))
     columns = np.zeros((4, *filled.shape), dtype=np.int64)
     strides = size.token_strides, row_major_strides(plan.geometry.bias_shape)
-    for axis, place, stride, bias_stride, shift in zip(plan.axes, places, *strides, shifts, strict=True):
+    for axis, place, stride, bias_stride, window, shift in zip(
+        plan.axes, places, *strides, windows, shifts, strict=True
+    ):
         number = np.concatenate([np.arange(tiles.columns) for tiles in axis])
         offset, code = (_joined(axis, name) for name in ("col_offset", "col_code"))
         none = np.zeros_like(number)
-        unseen = none if shift is None else np.concatenate([_windows_without(tiles) for tiles in axis]) << shift
+        unseen = none if shift is None else _windows_without(axis, window) << shift
         sight = unseen, number if shift is None else none
         columns += np.stack((offset * stride, code * bias_stride, *sight)).take(place, axis=1)
     columns[2] += COLUMN_BIT

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from triton.runtime import JITFunction
 
 from dinat_triton.geometry import Geometry, row_major_strides
@@ -164,9 +163,9 @@ def _prepare_backward(
 def _bytes_of(*launches: Launch) -> int:
     """Bytes of the index arrays that launches read, each once."""
     tables = [launch.table for launch in launches if launch.table is not None]
-    leaves = tree_leaves([launch.arguments for launch in (*launches, *tables)])
-    arrays = [x.untyped_storage() for x in leaves if isinstance(x, Tensor)]
-    return sum({x.data_ptr(): x.nbytes() for x in arrays}.values())
+    arguments = [x for launch in (*launches, *tables) for x in launch.arguments]
+    arrays = [x for of in arguments for x in (of if isinstance(of, tuple) else (of,)) if isinstance(x, Tensor)]
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in arrays}.values())
 
 
 def _bytes_of_backward(backward: Backward) -> int:

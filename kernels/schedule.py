@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -144,6 +145,11 @@ def _room(architecture: Architecture, bits: int, rows: int, chunk: int) -> int:
 def has_closed_backward(problem: Problem) -> bool:
     """Whether one pass does the whole backward: no two tiles share a key, and no two heads do."""
     if problem.heads != problem.kv_heads:
+        return False
+    geometry, config = problem.geometry, config_of(problem, "closed_backward")
+    geometries = geometry.geometries if isinstance(geometry, MapBatch) else (geometry,)
+    columns = max(prod(axis.closed_columns for axis in each.axes) for each in geometries)
+    if columns > max(config.chunk, config.one_chunk):
         return False
     plan = plan_of(problem, "closed_backward")
     return plan.largest[1] <= plan.chunk and plan.is_closed
