@@ -33,7 +33,7 @@ def window_of(
     ]
 
 
-def attend(
+def call_na(
     qkv: list[Tensor],
     window: list[int],
     rpb: Tensor | None,
@@ -94,7 +94,7 @@ def _public(rank: int):
             check_rank(name, x, rank, sizes is not None)
         window = window_of(rank, kernel_size, stride, dilation, is_causal, border)
         flat = None if sizes is None else flat_sizes(sizes, rank)
-        out, lse = attend([query, key, value], window, rpb, scale, dropout_p, return_lse, backend, flat, key_mask)
+        out, lse = call_na([query, key, value], window, rpb, scale, dropout_p, return_lse, backend, flat, key_mask)
         return (out, lse) if return_lse else out
 
     axes = ("length",) if rank == 1 else ("depth", "height", "width")[3 - rank :]

@@ -152,11 +152,11 @@ class MapBatch:
         """What maps gave, in the form that they came in."""
         return join_maps(results, len(self.sizes[0]), self.shape)
 
-    def attend(
-        self, attend: Callable[..., tuple[Tensor, Tensor]], qkv: Sequence[Tensor], seed: Tensor | None
+    def each(
+        self, of_one: Callable[..., tuple[Tensor, Tensor]], qkv: Sequence[Tensor], seed: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp, where there is one, of a function that attends on one map at a time."""
-        results = [attend(own, geometry, own_seed) for geometry, own, own_seed in self.problems(qkv, seed)]
+        results = [of_one(own, geometry, own_seed) for geometry, own, own_seed in self.problems(qkv, seed)]
         outs, lses = zip(*results, strict=True)
         return self.join(outs), self.join(lses) if lses[0].numel() > 0 else lses[0]
 

@@ -37,7 +37,7 @@ def pad_mask(key_mask: Tensor | None, x: Tensor, span: list[int]) -> Tensor | No
 
 
 @torch.fx.wrap
-def attend(
+def attend_packed(
     qkv: Tensor,
     window: list[int],
     rpb: Tensor | None,
@@ -51,7 +51,7 @@ def attend(
     else:
         if rpb is not None and hasattr(rpb, "to_local"):  # a DTensor: its local heads are those of qkv
             rpb = rpb.to_local()
-        return functional.attend([qkv], window, rpb, scale, dropout_p, False, None, None, key_mask)[0]
+        return functional.call_na([qkv], window, rpb, scale, dropout_p, False, None, None, key_mask)[0]
 
 
 class _NeighborhoodAttention(nn.Module):
@@ -139,7 +139,7 @@ class _NeighborhoodAttention(nn.Module):
         padded = pad_to_span(x, self.span, self.embed_dim)
         qkv = split_heads(self.qkv(padded), self.qkv_sizes)
         dropout_p = self.attn_drop.p if self.attn_drop.training else 0.0
-        out = attend(qkv, self.window, self.rpb, self.scale, dropout_p, pad_mask(key_mask, x, self.span))
+        out = attend_packed(qkv, self.window, self.rpb, self.scale, dropout_p, pad_mask(key_mask, x, self.span))
         return self.proj_drop(self.proj(crop_like(out.flatten(-2), x)))
 
     def attend_maps(self, x: Tensor, sizes: list[list[int]]) -> Tensor:
@@ -154,7 +154,7 @@ class _NeighborhoodAttention(nn.Module):
         qkv = split_heads(self.qkv(join_maps(maps, self.rank)), self.qkv_sizes)
         dropout_p = self.attn_drop.p if self.attn_drop.training else 0.0
         flat = [n for span in spans for n in span]
-        out = functional.attend([qkv], self.window, self.rpb, self.scale, dropout_p, False, None, flat)[0]
+        out = functional.call_na([qkv], self.window, self.rpb, self.scale, dropout_p, False, None, flat)[0]
         maps = [crop_map(m, size) for m, size in zip(split_maps(out.flatten(-2), spans, True), own, strict=True)]
         out = self.proj_drop(self.proj(join_maps(maps, self.rank)))
         return out if packed else join_maps(split_maps(out, own, True), self.rank, x.shape[1:-1])

@@ -128,12 +128,12 @@ def na(
     qkv = _with_mask(qkv, key_mask, backend)
     if backend == "reference":
 
-        def attend(qkv, geometry, seed):
+        def of_one(qkv, geometry, seed):
             query, key, value = unpack(qkv)
             key_mask = split_mask(qkv)[1]
             return reference.attention(query, key, value, rpb, seed, geometry, scale, dropout_p, key_mask)
 
-        return _attend_by_map(attend, qkv, seed, _problem(qkv, window, sizes))
+        return _by_map(of_one, qkv, seed, _problem(qkv, window, sizes))
     # Triton's backward reads the log-sum-exp; writing it costs next to nothing. The tiled backward recomputes it.
     need_lse = return_lse or backend == "triton"
     return _fused_autograd(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend, sizes)
@@ -158,10 +158,10 @@ def opened(
         raise RuntimeError(f"an export needs torch 2.14 or later, got {torch.__version__}")
     scale = qkv[0].shape[-1] ** -0.5 if scale is None else scale
 
-    def attend(qkv, geometry, seed):
+    def of_one(qkv, geometry, seed):
         return tile_form.attention(qkv, rpb, geometry, scale, may_hide)
 
-    return _attend_by_map(attend, _with_mask(qkv, key_mask), None, _problem(qkv, window, sizes))
+    return _by_map(of_one, _with_mask(qkv, key_mask), None, _problem(qkv, window, sizes))
 
 
 def _with_mask(qkv: list[Tensor], key_mask: Tensor | None, backend: str | None = None) -> list[Tensor]:
@@ -171,11 +171,11 @@ def _with_mask(qkv: list[Tensor], key_mask: Tensor | None, backend: str | None =
     return [*(qkv if backend == "triton" else hide_keys(qkv, key_mask)), key_mask]
 
 
-def _attend_by_map(attend, qkv, seed, problem: Geometry | MapBatch) -> tuple[Tensor, Tensor]:
+def _by_map(of_one, qkv, seed, problem: Geometry | MapBatch) -> tuple[Tensor, Tensor]:
     """What a function gives that takes one geometry at a time."""
     if isinstance(problem, MapBatch):
-        return problem.attend(attend, qkv, seed)
-    return attend(qkv, problem, seed)
+        return problem.each(of_one, qkv, seed)
+    return of_one(qkv, problem, seed)
 
 
 def _fused(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend, sizes=None):
@@ -238,11 +238,11 @@ def _fused_jvp(qkv, rpb, seed, qkv_tangents, rpb_tangent, window, scale, dropout
 
     count = len(qkv)
 
-    def attend(both, geometry, seed):
+    def of_one(both, geometry, seed):
         qkv, tangents = both[:count], both[count:]
         return forward_mode.jvp(qkv, rpb, seed, tangents, rpb_tangent, geometry, scale, dropout_p, need_lse)
 
-    return _attend_by_map(attend, [*qkv, *qkv_tangents], seed, _problem(qkv, window, sizes))
+    return _by_map(of_one, [*qkv, *qkv_tangents], seed, _problem(qkv, window, sizes))
 
 
 def _fused_jvp_fake(qkv, rpb, seed, qkv_tangents, rpb_tangent, window, scale, dropout_p, need_lse, backend, sizes=None):

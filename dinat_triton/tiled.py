@@ -52,11 +52,11 @@ def forward(
                 outs.add(out, group)
                 lses.add(lse, group)
             else:
-                outs.add(attend(call, group, table), group)
+                outs.add(attend_group(call, group, table), group)
     return outs.as_map(), lses.as_map().squeeze(-1) if need_lse else table.new_empty(0)
 
 
-def attend(call: Call, group: Group, table: Tensor) -> Tensor:
+def attend_group(call: Call, group: Group, table: Tensor) -> Tensor:
     """Output of a group's rows."""
     # No local names: freed tiles are reused while still in cache.
     return scaled_dot_product_attention(*call.tiles(group), attn_mask=call.mask(table, group), scale=call.scale)

@@ -20,10 +20,10 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Attends on every map."""
 
-    def attend(own, geometry, own_seed):
+    def of_one(own, geometry, own_seed):
         return tiled.forward(_as_alone(own), rpb, own_seed, geometry, scale, dropout_p, need_lse)
 
-    return batch.attend(attend, qkv, seed)
+    return batch.each(of_one, qkv, seed)
 
 
 def backward(

@@ -101,7 +101,7 @@ class Part:
 
 
 @torch.compiler.disable
-def attend(
+def attend_shards(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -143,7 +143,7 @@ def attend(
             small[4 * len(shape) + part.dim - 1] = BORDERS.index(piece.share.axis.border)
         shown = own[3][..., 0, 0] != 0 if len(own) > 3 else None
         options = (rpb, scale, dropout_p, return_lse, backend, None, shown)
-        outputs = [*functional.attend(own[:3], small, *options)][: 1 + return_lse]
+        outputs = [*functional.call_na(own[:3], small, *options)][: 1 + return_lse]
         for part, piece in zip(parts, pieces, strict=True):
             counted = piece.share.queries
             outputs = [x.narrow(part.dim, counted.start, len(counted)) for x in outputs]

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from dinat_triton.checks import check_dropout, check_key_mask, check_rank, check_rpb, check_scale, check_tensors
 from dinat_triton.distributed.agreement import agree_once, check_local_part, form_of, local_shape
-from dinat_triton.distributed.attention import Cut, attend
+from dinat_triton.distributed.attention import Cut, attend_shards
 from dinat_triton.distributed.gradients import shared
 from dinat_triton.functional import window_of
 from dinat_triton.geometry import geometry_of
@@ -41,7 +41,7 @@ def na(
     shape, flat = tuple(query.shape[1 : 1 + rank]), window_of(rank, *window)
     local_rpb = None if rpb is None else _local_bias(rpb, query, rank)
     q, k, v, local_mask = (x if x is None else x.to_local() for x in (query, key, value, key_mask))
-    out, lse = attend(q, k, v, shape, flat, _cuts(query, rank), local_rpb, key_mask=local_mask, **options)
+    out, lse = attend_shards(q, k, v, shape, flat, _cuts(query, rank), local_rpb, key_mask=local_mask, **options)
     outs = _distributed(out, query, (*query.shape[:-1], value.shape[-1]))
     return outs, None if lse is None else _distributed(lse, query, tuple(query.shape[:-1]))
 

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from dinat_triton.distributed.agreement import agree, check_local_part, form_of
-from dinat_triton.distributed.attention import attend
+from dinat_triton.distributed.attention import attend_shards
 from dinat_triton.distributed.gradients import shared, sum_gradients, total
 from dinat_triton.distributed.maps import ShardedMap, convolve, convolved_shape, read, resize
 from dinat_triton.models.dinat import ConvDownsampler, ConvTokenizer, NeighborhoodBlock
@@ -134,7 +134,7 @@ class ShardedAttention(NeighborhoodAttention2D):
         rpb = None if self.rpb is None else shared(self.rpb, on.groups)
         dropout_p = self.attn_drop.p if self.attn_drop.training else 0.0
         query, key, value = qkv.unbind(-3)
-        out, _ = attend(query, key, value, padded.shape, self.window, padded.cuts, rpb, self.scale, dropout_p)
+        out, _ = attend_shards(query, key, value, padded.shape, self.window, padded.cuts, rpb, self.scale, dropout_p)
         return self.proj_drop(self.proj(resize(out.flatten(-2), padded, on.shape)))
 
 
