@@ -1,5 +1,7 @@
 """Parts of an attention put together, against attention to all their keys at once."""
 
+import random
+
 import pytest
 import torch
 from torch import Tensor
@@ -17,30 +19,37 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[
 
 @pytest.mark.parametrize("sizes", [(10,), (4, 6), (3, 1, 2, 4)])
 def test_parts_are_the_whole_with_all_gradients(sizes: tuple[int, ...]) -> None:
-    query, key, value = (torch.randn(2, n, 3, 4, dtype=torch.float64, requires_grad=True) for n in (5, 10, 10))
-    mask = torch.rand(5, 10) < 0.6
+    keys = sum(sizes)
+    query, key, value = (torch.randn(2, n, 3, 4, dtype=torch.float64, requires_grad=True) for n in (5, keys, keys))
+    mask = torch.rand(5, keys) < 0.6
     mask[1, :4] = False  # some parts see nothing of a query, and their output is NaN
     mask[0] = mask[0] & False
+    seen = mask.any(1)
     up_out, up_lse = torch.randn(2, 5, 3, 4).double(), torch.randn(2, 5, 3).double()
 
     def run(parts: tuple[int, ...]) -> list[Tensor]:
         pieces = zip(key.split(parts, 1), value.split(parts, 1), mask.split(parts, 1), strict=True)
         out, lse = dt.merge(*zip(*(attention(query, *piece) for piece in pieces), strict=True))
-        seen = mask.any(1)
         assert not out[:, ~seen].any()
         assert lse[:, ~seen].isneginf().all()
         terms = (out * up_out).sum() + (lse[:, seen] * up_lse[:, seen]).sum()
         return [out, lse, *torch.autograd.grad(terms, (query, key, value))]
 
     def whole() -> list[Tensor]:
-        seen = mask.any(1)
         out, lse = attention(query[:, seen], key, value, mask[seen])
         terms = (out * up_out[:, seen]).sum() + (lse * up_lse[:, seen]).sum()
         return [out, lse, *torch.autograd.grad(terms, (query, key, value))]
 
     (out, lse, *grads), (exact_out, exact_lse, *exact) = run(sizes), whole()
-    for found, expected in zip((out[:, 1:], lse[:, 1:], *grads), (exact_out, exact_lse, *exact), strict=True):
+    for found, expected in zip((out[:, seen], lse[:, seen], *grads), (exact_out, exact_lse, *exact), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.slow
+def test_a_thousand_cuts() -> None:
+    rng = random.Random(0)
+    for _ in range(1000):
+        test_parts_are_the_whole_with_all_gradients(tuple(rng.randint(1, 6) for _ in range(rng.randint(1, 6))))
 
 
 @pytest.mark.parametrize(
