@@ -22,7 +22,7 @@ def profiled(model: nn.Module, pass_: str) -> dict[str, float]:
     """The share of each part."""
     step = step_of(model.train(pass_ == TRAINING), torch.randn(2, 3, 64, 64), pass_, autocast=False)
     record = profiling.record_of(
-        {}, ("toy", pass_, "float32"), *profiling.samples(model, step, on_gpu=False, repeats=2)
+        {}, ("toy", pass_, "float32"), *profiling.samples(model, step, on_gpu=False, repeats=5)
     )
     assert record.timing
     assert sum(record.also["parts_ms"].values()) == pytest.approx(record.timing.median, rel=1e-2)
