@@ -25,14 +25,14 @@ def forward_of(layer: Layer, arch: str, dtype: torch.dtype = torch.bfloat16) -> 
     return next(variant for variant in variants_of(layer, TARGETS[arch], dtype) if variant.name == "forward")
 
 
-def run_inspect(*arguments: str, out: Path) -> tuple[int, dict[str, dict[str, Any]]]:
-    code = cli.main(["inspect", *arguments, "--jobs", "2", "--out", str(out)])
+def run_inspect(*arguments: str, jobs: int, out: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    code = cli.main(["inspect", *arguments, "--jobs", str(jobs), "--out", str(out)])
     return code, {f"{study['arch']} {study['dim']}": study for study in json.loads(out.read_text())["studies"]}
 
 
 @pytest.fixture(scope="module")
 def gate(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    code, studies = run_inspect("--arch", *GATED, out=tmp_path_factory.mktemp("inspect") / "found.json")
+    code, studies = run_inspect("--arch", *GATED, jobs=1, out=tmp_path_factory.mktemp("inspect") / "found.json")
     assert code == int(any(kernel["complaints"] for study in studies.values() for kernel in study["kernels"]))
     return studies
 
@@ -67,7 +67,7 @@ def test_the_bias_goes_from_memory_straight_into_the_accumulator(arch: str) -> N
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_all_other_head_dims(arch: str, dtype: str, tmp_path: Path) -> None:
     dims = ("16", "32", "64", "128", "256")
-    _, studies = run_inspect("--arch", arch, "--dtype", dtype, "--dim", *dims, out=tmp_path / "found.json")
+    _, studies = run_inspect("--arch", arch, "--dtype", dtype, "--dim", *dims, jobs=2, out=tmp_path / "found.json")
     for name, study in studies.items():
         for kernel in study["kernels"]:
             # ptxas gives up a few bytes of hundreds of registers; what it cannot hold at all is far more. Two gradients

@@ -56,10 +56,11 @@ def run(args: argparse.Namespace) -> int:
     layers = {dim: find_layers(args.layers, dim, args.batch) for dim in args.dim or [None]}
     studies = []
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        each: Callable[..., Any] = pool.map if args.jobs > 1 else map
         for arch in args.arch:
             for dtype in args.dtype:
                 for chosen in layers.values():
-                    studies.append(_study(arch, dtype, chosen, args.passes, pool.map))
+                    studies.append(_study(arch, dtype, chosen, args.passes, each))
                     print(_report(studies[-1]), flush=True)
     if args.out is not None:
         from dinat_triton.version import __version__

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
+from statistics import median
 from types import ModuleType
 from typing import Any
 
@@ -107,10 +109,14 @@ class LayerRun:
             from triton.testing import do_bench
 
             return 1e-3 * do_bench(call, warmup=1, rep=200 * SECONDS, return_mode="median")
-        from torch.utils.benchmark import Timer
-
-        timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-        return timer.blocked_autorange(min_run_time=SECONDS).median
+        call()
+        times: list[float] = []
+        begin = time.perf_counter()
+        while not times or time.perf_counter() < begin + SECONDS:
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        return median(times)
 
     @cached_property
     def truth(self) -> dict[str, Tensor]:
