@@ -23,7 +23,7 @@ ENVIRONMENT = ("device", "driver", "threads", "versions")
 
 @dataclass(frozen=True)
 class Pair:
-    """The same record of both files."""
+    """One record as both files have it."""
 
     title: str
     a: Timing

@@ -139,7 +139,7 @@ def call_of(attention: Attention, pass_: str, grad_out: Tensor) -> Callable[[], 
 
 
 def graphed(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
-    """The same work without Python in between.
+    """Captures work in a graph, to repeat it without Python in between.
 
     A backward runs on the stream that its forward ran on, so both have to be made on the stream that is captured.
     """
@@ -249,7 +249,7 @@ def _shown(record: Record | None, mine: Record | None) -> str:
 
 
 def share_of_floor(mine: Record, ceilings: Ceilings, device_type: str) -> float:
-    """What no implementation can do without, over our time.
+    """Time that no implementation can do without, over ours.
 
     On a CPU bytes make no floor: what is called again and again lies in a cache.
     """

@@ -98,7 +98,7 @@ def prepare_gather(layer: Layer, inputs: Inputs) -> Attention:
 
 
 def prepare_gather_tuned(layer: Layer, inputs: Inputs) -> Attention:
-    """The same with the operations that torch runs fastest, above all in the backward: index_select and matmul."""
+    """Gather with the operations that torch runs fastest, above all in the backward: index_select and matmul."""
     keys, pairs = neighbors(layer, inputs.query.device)
     flat_keys, flat_pairs = keys.flatten(), pairs.flatten()
     scale = layer.dim**-0.5

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> Results:
 
 
 def bare_step(name: str, images: Tensor, labels: Tensor) -> Callable[[], object]:
-    """What everybody writes first."""
+    """A training step as everybody writes it first."""
     torch.manual_seed(0)
     model: nn.Module = timm.create_model(name, num_classes=10, device=images.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.05)

@@ -23,7 +23,7 @@ class AttentionLayer:
 
     @property
     def geometry(self) -> Geometry:
-        """Of the padded map that the layer attends on."""
+        """Geometry of the padded map that the layer attends on."""
         shape = tuple(max(n, s) for n, s in zip(self.x.shape[1:-1], self.module.span, strict=True))
         return geometry_of(shape, tuple(self.module.window))
 

@@ -39,7 +39,7 @@ def pair_indices(tiles: TileClass, device: torch.device) -> Iterator[Tensor]:
 
 
 def _axis_index(axis: AxisTiles, rows: slice, stride: int, masked: int) -> NDArray[np.int32]:
-    """What an axis adds to the bias indices of some rows' pairs, `[rows, columns]`."""
+    """An axis's addend to the bias indices of some rows' pairs, `[rows, columns]`."""
     column = np.arange(axis.columns)
     seen = (column >= axis.first[rows, None]) & (column <= axis.last[rows, None])
     row_code, col_code = ((code * stride).astype(np.int32) for code in (axis.row_code[rows], axis.col_code))

@@ -18,7 +18,7 @@ SHARED_ROWS = 64
 
 
 class AxisCounts:
-    """What an axis holds when it is cut into runs of each length worth trying, `[lengths]` each."""
+    """Counts of an axis that is cut into runs of each length worth trying, `[lengths]` each."""
 
     def __init__(self, runs: Runs):
         self._runs, self.lengths = runs, runs.lengths
@@ -69,7 +69,7 @@ class AxisCounts:
 
 @lru_cache(maxsize=256)
 def count_axis(axis: Axis, most_rows: int, transposed: bool = False) -> AxisCounts:
-    """What an axis holds under each run of at most so many rows that is worth trying."""
+    """Counts of an axis under each run of at most so many rows that is worth trying."""
     return AxisCounts(cut(axis, run_lengths(axis, most_rows), transposed))
 
 

@@ -1,4 +1,4 @@
-"""What a call may ask for. Every message names the argument, its value, and what would be right."""
+"""Checks of what a call asks for. Every message names the argument, its value, and what would be right."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class DeviceTiles:
 
 
 def vectors_of(c: TileClass, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `DeviceTiles` begins with."""
+    """Offsets and bases of a class on a device, as `DeviceTiles` begins with them."""
     rows, columns, row_base, col_base = (
         torch.as_tensor(x, device=device) for x in (c.rows, c.columns, c.row_base, c.col_base)
     )

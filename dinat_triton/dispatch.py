@@ -1,4 +1,4 @@
-"""Which implementation runs: the switch, and what each backend needs.
+"""Choice of the implementation that runs, and what each needs.
 
 (Not named backends.py: torch.compile skips every path that contains `triton/backends`.)
 """
@@ -46,7 +46,7 @@ class use_backend:
 
 
 def current_backend() -> str | None:
-    """What `use_backend` or the environment chose, or None."""
+    """The choice of `use_backend` or the environment, or None."""
     name = _chosen.get()
     if name is not None:
         _check_name(name, ENVIRONMENT)
@@ -79,7 +79,7 @@ def why_not(name: str, query: Tensor, key: Tensor, value: Tensor, scale: float |
 
 @cache
 def _support() -> ModuleType | None:
-    """What says why the kernels cannot run a call, if there is Triton."""
+    """The module that says why the kernels cannot run a call, if there is Triton."""
     if find_spec("triton") is None:
         return None
     from dinat_triton.kernels import support

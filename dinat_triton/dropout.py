@@ -25,7 +25,7 @@ def threshold(p: float) -> int:
 
 
 def keep_mask(seed: Tensor, p: float, key: Tensor, query: Tensor, batch_head: Tensor) -> Tensor:
-    """Which pairs survive dropout. Token indices and `batch * heads + head` broadcast against each other."""
+    """True for pairs that survive dropout. Token indices and `batch * heads + head` broadcast against each other."""
     return philox(seed, key, query, batch_head) >= threshold(p)
 
 

@@ -22,7 +22,7 @@ from dinat_triton.plan import Plan
 
 @dataclass(frozen=True)
 class Dims:
-    """What the work of a call depends on."""
+    """Sizes that the work of a call depends on."""
 
     geometry: Geometry
     batch: int
@@ -32,7 +32,7 @@ class Dims:
     value_dim: int
 
     def flops(self, scores: int, over_dim: int, over_value_dim: int) -> int:
-        """Of so many products over the channels of keys and of values, for so many scores of one map."""
+        """Operations of so many products over the channels of keys and of values, for so many scores of one map."""
         return 2 * self.batch * self.heads * scores * (over_dim * self.dim + over_value_dim * self.value_dim)
 
 

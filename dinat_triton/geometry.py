@@ -1,4 +1,4 @@
-"""Which keys a query sees, and which queries see a key.
+"""Geometry of neighborhoods: the keys that a query sees, and the queries that see a key.
 
 This is the only module that knows windows, borders, dilation, stride and causality. Everything is decided per axis; in
 N dimensions a neighborhood is the Cartesian product of the axes' windows.
@@ -284,7 +284,7 @@ def outer_sum(per_axis: Sequence[IntArray], strides: Sequence[int]) -> IntArray:
 
 
 def counted(counts: IntArray) -> tuple[IntArray, IntArray]:
-    """Of things of which each owner has so many: the owner of each, and its number among the owner's."""
+    """Owner of each thing, and its number among the owner's, where each owner has so many."""
     owner = np.repeat(np.arange(len(counts)), counts)
     return owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
 

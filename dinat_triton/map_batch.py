@@ -117,7 +117,7 @@ class MapBatch:
 
     @cached_property
     def largest(self) -> Geometry:
-        """That of the map with the most tokens."""
+        """Geometry of the map with the most tokens."""
         return max(self.geometries, key=lambda geometry: geometry.num_tokens)
 
     @property
@@ -126,7 +126,7 @@ class MapBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Of the whole batch, padding included."""
+        """Tokens of the whole batch, padding included."""
         if self.shape is None:
             return sum(geometry.num_tokens for geometry in self.geometries)
         return len(self.geometries) * prod(self.shape)
@@ -149,7 +149,7 @@ class MapBatch:
             yield geometry, own, None if seed is None else seed + i
 
     def join(self, results: Sequence[Tensor]) -> Tensor:
-        """What maps gave, in the form that they came in."""
+        """Joins what maps gave, in the form that they came in."""
         return join_maps(results, len(self.sizes[0]), self.shape)
 
     def each(

@@ -12,7 +12,7 @@ from dinat_triton.reference import accumulator
 
 
 def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """What attention to the keys of all parts at once would have given, with exact gradients of every part.
+    """Merges attention to parts of the keys into attention to all of them, with exact gradients of every part.
 
     Args:
         outs: Of the same queries to different keys, `[..., heads, dim]`.

@@ -143,7 +143,7 @@ class _NeighborhoodAttention(nn.Module):
         return self.proj_drop(self.proj(crop_like(out.flatten(-2), x)))
 
     def attend_maps(self, x: Tensor, sizes: list[list[int]]) -> Tensor:
-        """The same on maps of different sizes. Only their own tokens are projected."""
+        """Attends on maps of different sizes. Only their own tokens are projected."""
         if x.ndim not in (2, self.rank + 2) or x.shape[-1] != self.embed_dim:
             form = f"[batch, {self.rank} map axes, {self.embed_dim} channels]"
             raise ValueError(f"x must be {form} or [tokens of all maps, channels], got shape {tuple(x.shape)}")

@@ -172,7 +172,7 @@ def _with_mask(qkv: list[Tensor], key_mask: Tensor | None, backend: str | None =
 
 
 def _by_map(of_one, qkv, seed, problem: Geometry | MapBatch) -> tuple[Tensor, Tensor]:
-    """What a function gives that takes one geometry at a time."""
+    """Applies a function of one geometry to each map."""
     if isinstance(problem, MapBatch):
         return problem.each(of_one, qkv, seed)
     return of_one(qkv, problem, seed)
@@ -314,7 +314,7 @@ class Fused(torch.autograd.Function):
 
 
 class FusedInTransforms(torch.autograd.Function):
-    """The same inside the transforms of torch.func, which ask for a context apart."""
+    """`Fused` inside the transforms of torch.func, which ask for a context apart."""
 
     generate_vmap_rule = True
     setup_context, backward, jvp = staticmethod(_save), Fused.backward, Fused.jvp

@@ -1,4 +1,4 @@
-"""How query, key and value travel: as three tensors, or as one that packs them before its heads axis.
+"""Forms in which query, key and value travel: as three tensors, or as one that packs them before its heads axis.
 
 A key mask, `[batch, *shape]` with True where the key may be seen, comes behind them.
 """
@@ -26,7 +26,7 @@ def unpack(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def hide_keys(qkv: list[Tensor], key_mask: Tensor) -> list[Tensor]:
-    """The same with zeros in the hidden keys and values, so that not even a NaN of theirs gets anywhere."""
+    """Puts zeros into the hidden keys and values, so that not even a NaN of theirs gets anywhere."""
     shown = key_mask[..., None, None]
     if len(qkv) == 3:
         return [qkv[0], *(x.where(shown, 0) for x in qkv[1:])]

@@ -146,7 +146,7 @@ class TileClass:
 
 @dataclass(frozen=True)
 class Cost:
-    """What running a plan once costs, for one head of one batch item unless said otherwise.
+    """Work of running a plan once, for one head of one batch item unless said otherwise.
 
     Attributes:
         queries: Rows with a token.

@@ -1,4 +1,4 @@
-"""What a token can have heard of after a stack of layers, exactly, and how much of it.
+"""Receptive fields: which tokens one has heard of after a stack of layers, exactly, and how much of each.
 
 Every layer here sees a product of intervals or strided runs, one per axis, and products stay products from layer to
 layer. So a receptive field is one small matrix product per axis, however large the map.
@@ -22,13 +22,13 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class TokenLinks:
-    """Which inputs each output of a layer sees: on every axis a matrix `[outputs, inputs]`."""
+    """Links from each output of a layer to the inputs it sees: on every axis a matrix `[outputs, inputs]`."""
 
     links: tuple[BoolArray, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the map that leaves the layer."""
+        """Shape of the map that leaves the layer."""
         return tuple(len(link) for link in self.links)
 
 

@@ -1,4 +1,4 @@
-"""What `dinat-triton tune` found on this machine, in one file per device of the user's cache folder.
+"""Findings of `dinat-triton tune` on this machine, in one file per device of the user's cache folder.
 
 `$DINAT_TRITON_CACHE` names the folder, or else the platform's custom does. Reading never fails: a file that is damaged,
 or was made for other sources, another compiler or another device, is ignored with a warning. Writing is atomic, and two
@@ -138,7 +138,7 @@ class Table:
             ) from error
 
     def _entries(self, path: Path) -> dict[str, Any]:
-        """What the file holds, or one of BROKEN."""
+        """Reads the entries of a file, or raises one of BROKEN."""
         if not path.is_file():
             raise ValueError("it is no file")
         if (size := path.stat().st_size) > MAX_BYTES:

@@ -92,7 +92,7 @@ class Form:
         return take(x.contiguous(), vectors).view(-1, maps, tokens.shape[1], x.shape[-1])
 
     def in_order(self, x: Tensor, heads: int) -> Tensor:
-        """What such tiles have of each token, in the order of tokens: `[batch, tokens * heads, dim]`."""
+        """Puts rows of such tiles in the order of tokens: `[batch, tokens * heads, dim]`."""
         tile, row = np.divmod(self.order, self.rows.shape[1])
         vectors = (tile[:, None] * heads + np.arange(heads)) * self.rows.shape[1] + row[:, None]
         return take(x.view(-1, self.rows.size * heads, x.shape[-1]), vectors)
@@ -137,7 +137,7 @@ def take(x: Tensor, vectors: IntArray) -> Tensor:
 
 
 def _table(bias: Tensor, form: Form, heads: int) -> Tensor:
-    """What to add to the logits, `[1, heads or tiles * heads, rows, columns]`."""
+    """Bias of a form's pairs, -inf where masked, `[1, heads or tiles * heads, rows, columns]`."""
     values = torch.nn.functional.pad(bias, (0, 1), value=-torch.inf)  # the masked pairs' is behind the last
     index = torch.as_tensor(form.pair_index.ravel(), device=bias.device)
     table = values.index_select(1, index).unflatten(1, form.pair_index.shape).transpose(0, 1)

@@ -63,7 +63,7 @@ def attend_group(call: Call, group: Group, table: Tensor) -> Tensor:
 
 
 def attend_with_lse(call: Call, group: Group, table: Tensor) -> tuple[Tensor, Tensor]:
-    """The same with its log-sum-exp, and with dropout."""
+    """Output of a group's rows and its log-sum-exp, with dropout."""
     q, k, v = call.tiles(group)
     logits = call.logits(q, k, call.mask(table, group))
     tile = (call.drop(call.softmax(logits, -1), group) @ v.to(call.dtype)).to(q.dtype)
@@ -178,7 +178,7 @@ class Call:
         return self.take(self.q, q, rows), self.take(self.k, k, columns), self.take(self.v, v, columns)
 
     def take_rows(self, x: Tensor, group: Group) -> Tensor:
-        """What `[batch * tokens, heads, dim]` holds of the group's rows."""
+        """Takes the group's rows out of `[batch * tokens, heads, dim]`."""
         return self.take(x, group.rows, len(group.tiles.rows))
 
     def take(self, x: Tensor, slots: Tensor, cells: int) -> Tensor:
@@ -203,14 +203,14 @@ class Call:
             out.flatten(1).index_add_(0, group.columns, columns.flatten(1))
 
     def table(self, tiles: CutClass) -> Tensor:
-        """What to add to the logits of a class, `[heads or 1, rows, columns]`."""
+        """Bias of a class's pairs, -inf where masked, `[heads or 1, rows, columns]`."""
         heads = 1 if self.rpb is None else self.heads
         table = self.q.new_empty((heads, len(tiles.rows), len(tiles.columns)), dtype=self.dtype)
         bias.fill_table(table.flatten(1), self.rpb, tiles.pair_indices(), self.geometry.num_offsets)
         return table
 
     def mask(self, table: Tensor, group: Group) -> Tensor:
-        """What to add to a group's logits, `[1 or batch * tiles, key heads or 1, group * rows, columns]`."""
+        """Addend to a group's logits, `[1 or batch * tiles, key heads or 1, group * rows, columns]`."""
         table = self.fold(table)
         if self.key_mask is None:
             return table
@@ -321,7 +321,7 @@ def work_of(counts: Cost | Candidates, is_whole: Any, geometry: Geometry, batch:
 
 
 def tile_key(geometry: Geometry, dtype: torch.dtype, threads: int) -> str:
-    """What a tuned tile holds for, but for the number of maps."""
+    """Key of what a tuned tile holds for, but for the number of maps."""
     return f"{str(dtype).removeprefix('torch.')}/{threads}/{store.geometry_key(geometry)}"
 
 
@@ -343,9 +343,3 @@ def tile_of(key: str, entry: Any) -> tuple[int, ...]:
 @lru_cache(maxsize=1)
 def load_user_tiles() -> dict[str, tuple[int, ...]]:
     return user_tiles().read()
-
-
-def forget_tiles() -> None:
-    """Reads the table anew when it is next asked for."""
-    for cache in (_choose_tile, load_user_tiles):
-        cache.cache_clear()

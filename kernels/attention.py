@@ -100,7 +100,7 @@ def _mask_bytes(qkv: list[Tensor]) -> Tensor | None:
 
 
 def _bias(rpb: Tensor | None, launch: Launch, scale: float, query: Tensor) -> Tensor | None:
-    """What a launch reads its bias from: the table of all pairs, over the scale, or `rpb` itself."""
+    """Source of a launch's bias: the table of all pairs, over the scale, or `rpb` itself."""
     rpb = None if rpb is None else rpb.contiguous()
     if launch.table is None:
         return rpb
@@ -138,7 +138,7 @@ def _places(tensors: list[Tensor]) -> tuple[Place, ...]:
 
 
 def _kind(query: Tensor, rpb: Tensor | None) -> tuple[torch.dtype, torch.device, bool, torch.dtype | None]:
-    """What else launches depend on; whether float32 products may round is torch's switch."""
+    """Everything else that launches depend on; whether float32 products may round is torch's switch."""
     dtype = query.dtype
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return dtype, query.device, tf32, None if rpb is None else rpb.dtype

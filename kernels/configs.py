@@ -1,4 +1,4 @@
-"""Which plan and which launch options a kernel gets: tuned by the user, out of the shipped tables, or by a rule.
+"""Choice of the plan and launch options of a kernel: tuned by the user, out of the shipped tables, or by a rule.
 
 A table has configs of a pass, head dim and width, `forward/32/16`, others for calls without a bias,
 `forward/32/16/unbiased`, and configs of single geometries with about so many maps (batch * heads),
@@ -81,7 +81,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the choice of a config depends on."""
+    """Facts of a GPU that the choice of a config depends on."""
 
     name: str  # sm_90, gfx942, ...
     shared_memory: int  # bytes that one program may use
@@ -194,12 +194,6 @@ def load_table(architecture: str) -> dict[str, Config]:
     except store.BROKEN as error:
         warnings.warn(f"ignoring the tuned table {path}: {error!r}; the general rule is used instead", stacklevel=2)
         return {}
-
-
-def forget_tables() -> None:
-    """Reads all tables anew when they are next asked for."""
-    for cache in (choose_config, load_user_table, load_table):
-        cache.cache_clear()
 
 
 def padded(n: int) -> int:

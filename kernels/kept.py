@@ -40,7 +40,7 @@ class Kept(Generic[T]):
 
     @property
     def bytes(self) -> int:
-        """Of all results."""
+        """Bytes of all results."""
         return sum(self._bytes.values())
 
     def cache_clear(self) -> None:

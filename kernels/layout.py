@@ -132,7 +132,7 @@ def _windows(axis: tuple[AxisTiles, ...]) -> IntArray:
 
 
 def _windows_without(axis: tuple[AxisTiles, ...], windows: IntArray) -> IntArray:
-    """Of each column on an axis, the bits of the windows that it is not in: all before some, and all from some on."""
+    """Bits of the windows that each column of an axis is not in: all before some, and all from some on."""
     rows = np.array([tiles.rows for tiles in axis])
     row_class, _ = counted(rows)
     column_class, column = counted(np.array([tiles.columns for tiles in axis]))

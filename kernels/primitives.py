@@ -1,4 +1,4 @@
-"""What the kernels share: loading and storing tiles of tokens, the bias of a pair, dropout.
+"""Primitives that the kernels share: loading and storing tiles of tokens, the bias of a pair, dropout.
 
 Names in all kernels: a row is a token that a tile computes for, a column one that it reads. A token, `_tok`, is the
 base of its tile plus an offset that all tiles of a class share, `_off`; both are negative in empty slots. `_at` values
@@ -158,7 +158,7 @@ def sees(row_sight, col_sight, LONG_AXIS: tl.constexpr):
 
 @triton.jit
 def sees_pairs(row_sight, col_sight, LONG_AXIS: tl.constexpr):
-    """Which columns each row sees, `[R, C]`."""
+    """True where a row sees a column, `[R, C]`."""
     word, first, count = row_sight
     row_sight = word[:, None], first[:, None], count[:, None]
     word, place = col_sight
@@ -167,7 +167,7 @@ def sees_pairs(row_sight, col_sight, LONG_AXIS: tl.constexpr):
 
 @triton.jit
 def pair_bias(rpb, head_at, index, seen, inv_scale):
-    """What the logits' accumulator starts from: bias / scale, and -inf where a row does not see a column."""
+    """Start of the logits' accumulator: bias / scale, and -inf where a row does not see a column."""
     if rpb is None:
         bias = tl.where(seen, 0.0, float("-inf"))
     else:
@@ -203,7 +203,7 @@ def read_items(batch, batch_step):
 
 @triton.jit
 def read_row(rows, tile_class, row, ROWS: tl.constexpr):
-    """Of some rows of a class: offset, bias code, and what `sees` compares."""
+    """Reads offset, bias code and what `sees` compares of some rows of a class."""
     at = rows + tile_class * (5 * ROWS) + row
     word, first, count = tl.load(at + 2 * ROWS), tl.load(at + 3 * ROWS), tl.load(at + 4 * ROWS)
     return tl.load(at), tl.load(at + ROWS), (word.to(tl.int32), first.to(tl.int32), count.to(tl.int32))
@@ -211,7 +211,7 @@ def read_row(rows, tile_class, row, ROWS: tl.constexpr):
 
 @triton.jit
 def read_column(columns, tile_class, column, span):
-    """The same of some columns of a class."""
+    """Reads them of some columns of a class."""
     at = columns + tile_class * (4 * span) + column
     word, place = tl.load(at + 2 * span), tl.load(at + 3 * span)
     return tl.load(at), tl.load(at + span), (word.to(tl.int32), place.to(tl.int32))

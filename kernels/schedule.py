@@ -1,4 +1,4 @@
-"""How a kernel goes about a problem: its plan on the device, its grid, its compile-time options."""
+"""Schedules: how a kernel goes about a problem."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a kernel goes about a problem: its plan on the device, its grid, and its compile-time options."""
+    """A kernel's way through a problem: its plan on the device, its grid, and its compile-time options."""
 
     layout: Layout
     batch_step: int

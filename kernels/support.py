@@ -1,4 +1,4 @@
-"""What the Triton kernels can run, said before launching them."""
+"""Limits of the Triton kernels, said before launching them."""
 
 from __future__ import annotations
 

@@ -309,7 +309,7 @@ def _fit_classifier(tensors: StateDict, wanted: Mapping[str, Tensor], new: bool)
 
 
 def _differences(tensors: StateDict, wanted: Mapping[str, Tensor], ignore: Iterable[str] = ()) -> str:
-    """What is missing, unknown or of another shape; nothing if all fits."""
+    """Lists what is missing, unknown or of another shape; nothing if all fits."""
     shapes = [
         f"{key} {tuple(tensors[key].shape)}, not {tuple(wanted[key].shape)}"
         for key in tensors
@@ -338,7 +338,7 @@ def variants(tensors: StateDict) -> list[str]:
 
 
 def _size(args: Mapping[str, Any]) -> tuple[int, list[int], int, bool]:
-    """What tells a variant's checkpoint from others."""
+    """Sizes that tell a variant's checkpoint from others."""
     depths = args.get("depths") or [1] * args["depth"]
     return args["embed_dim"], list(depths), args.get("kernel_size", 7), "layer_scale" in args
 

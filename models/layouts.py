@@ -1,4 +1,4 @@
-"""What every published layout calls the tensors of a model, and translation to and from our own names.
+"""Names of a model's tensors in every published layout, and translation to and from our own names.
 
 `LAYOUTS` holds, per layout, what each of our keys is called there. Translating a key either way is matching a template
 and filling in the other, so a key that no template matches is an unknown one, and both directions come from one table.
@@ -57,7 +57,7 @@ _TRANSFORMERS = {
 
 @dataclass(frozen=True)
 class KeyLayout:
-    """How a kind of file names things.
+    """Names in one kind of file.
 
     Attributes:
         summary: What the file is.
@@ -74,7 +74,7 @@ class KeyLayout:
     is_backbone: bool = False
 
     def name_of(self, ours: str) -> str:
-        """What one of our templates is called in the file, for people to read."""
+        """Name of one of our templates in the file, for people to read."""
         if self.classifier and ours.startswith("head.fc."):
             return ours.replace("head.fc", self.classifier)
         return self.prefix + self.templates[ours].replace("self.qkv", "self.{query,key,value}")

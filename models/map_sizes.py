@@ -44,7 +44,7 @@ def forward_intermediates(
 
 
 def forward_head(model: Any, x: torch.Tensor, sizes: list[Size], pre_logits: bool = False) -> torch.Tensor:
-    """What the head makes of each map."""
+    """Runs the head on each map."""
     head = model.head
     if not model.global_pool:
         return clear_padding(head(x, pre_logits=pre_logits), sizes)

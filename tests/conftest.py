@@ -1,13 +1,14 @@
 """Fixtures that every test can use."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import dinat_triton as dt
-from dinat_triton import store
+from dinat_triton import store, tiled
+from dinat_triton.kernels import configs
 from dinat_triton.tuner import layer_run
 
 
@@ -35,6 +36,21 @@ def _seeded() -> None:
 def _no_backend_chosen() -> None:
     """A backend that one test chose, or the environment, must not decide another."""
     dt.use_backend(None)
+
+
+@pytest.fixture
+def forget_tuned() -> Iterator[Callable[[], None]]:
+    """Has all tuned tables read anew when they are next asked for: before a test, after it and when it calls this."""
+
+    def forget() -> None:
+        for cache in (configs.choose_config, configs.load_user_table, configs.load_table):
+            cache.cache_clear()
+        for cache in (tiled._choose_tile, tiled.load_user_tiles):
+            cache.cache_clear()
+
+    forget()
+    yield forget
+    forget()
 
 
 @pytest.fixture

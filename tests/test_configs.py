@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from dinat_triton import store
 from dinat_triton.geometry import Geometry
 from dinat_triton.kernels import configs, schedule
-from dinat_triton.kernels.configs import PASSES, Architecture, Config, Preset, choose_config, forget_tables, rule
+from dinat_triton.kernels.configs import PASSES, Architecture, Config, Preset, choose_config, rule
 from dinat_triton.layers import layers_of
 from dinat_triton.offline.targets import TARGETS
 
@@ -22,13 +22,11 @@ OTHER = Geometry((56, 56), (7,), (1,))
 
 
 @pytest.fixture
-def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget_tuned: Callable[[], None]) -> Path:
     """An empty folder in place of the shipped tables, and another in place of the user's."""
     monkeypatch.setattr(configs, "TABLES", tmp_path)
     monkeypatch.setenv(store.ENVIRONMENT, str(tmp_path / "user"))
-    forget_tables()
-    yield tmp_path
-    forget_tables()
+    return tmp_path
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"configs": {"forward/32/16": {"row": 64}}}', "\udc80"])
@@ -38,7 +36,9 @@ def test_a_corrupt_table_is_named_and_ignored(text: str, tables: Path) -> None:
         assert choose_config("forward", 32, 16, "sm_77") == rule("forward", 32, 16)
 
 
-def test_the_user_goes_before_what_ships_and_the_exact_before_the_general(tables: Path) -> None:
+def test_the_user_goes_before_what_ships_and_the_exact_before_the_general(
+    tables: Path, forget_tuned: Callable[[], None]
+) -> None:
     exact, chosen = "forward/32/16/56x56-k7x7-d8x8/256", []
 
     def ship(chunks: dict[str, int]) -> None:
@@ -49,7 +49,7 @@ def test_the_user_goes_before_what_ships_and_the_exact_before_the_general(tables
         configs.user_table(device).update({key: asdict(Config(chunk=n)) for key, n in chunks.items()})
 
     def choose(geometry: Geometry | None = GEOMETRY, maps: int = 256) -> int:
-        forget_tables()
+        forget_tuned()
         return choose_config("forward", 32, 16, "sm_77", "Some GPU", geometry, maps).chunk
 
     assert choose() == rule("forward", 32, 16).chunk == 32

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,21 +137,17 @@ def test_the_nearest_number_of_maps_is_taken() -> None:
     assert found == {1: None, 2: "eight", 8: "eight", 16: "eight", 30: "many", 256: "many", 257: None}
 
 
-@pytest.fixture
-def tiles(table: store.Table) -> store.Table:
-    tiled.forget_tiles()
-    yield tiled.user_tiles()
-    tiled.forget_tiles()
-
-
-def test_a_tuned_tile_goes_before_the_model(tiles: store.Table, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tuned_tile_goes_before_the_model(
+    table: store.Table, monkeypatch: pytest.MonkeyPatch, forget_tuned: Callable[[], None]
+) -> None:
+    tiles = tiled.user_tiles()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     modelled = tiled.choose_tile(GEOMETRY, 2, 4)
     own = (5, 3)
     assert own != modelled
     tiles.update({f"{tiled.tile_key(GEOMETRY, torch.float32, 3)}/8": list(own)})
     assert tiled.choose_tile(GEOMETRY, 2, 4) == modelled  # what was chosen stays until it is asked for anew
-    tiled.forget_tiles()
+    forget_tuned()
     assert tiled.choose_tile(GEOMETRY, 2, 4) == tiled.choose_tile(GEOMETRY, 1, 4) == own
     for other in ((GEOMETRY, 64, 4), (GEOMETRY, 2, 4, torch.bfloat16), (GEOMETRY, 2, 4, torch.float32, "mps")):
         assert tiled.choose_tile(*other) == tiled.modelled_tiles(*other[:3])[0]

@@ -1,4 +1,4 @@
-"""What commands take in: a model with the weights that were asked for, and pictures."""
+"""Inputs of commands: a model with the weights that were asked for, and pictures."""
 
 from __future__ import annotations
 

@@ -66,16 +66,16 @@ def run(args: argparse.Namespace) -> int:
     from dinat_triton.tuner.search import Budget, shared_out
 
     budget, reached = Budget(args.budget), False
-    for part, share in shared_out(budget, parts_of(args)):
-        search = _tune_tiles if part.what == "cpu" else _tune_kernels
-        reached |= bool(search(args, part, share).rows)
+    for task, share in shared_out(budget, tasks_of(args)):
+        search = _tune_tiles if task.what == "cpu" else _tune_kernels
+        reached |= bool(search(args, task, share).rows)
     if not reached:
         print("Nothing was tuned: a larger --budget is needed", file=sys.stderr)
     return int(not reached)
 
 
 @dataclass(frozen=True)
-class Part:
+class Task:
     """One thing to tune: `what` is cpu, cuda or an architecture."""
 
     what: str
@@ -85,7 +85,7 @@ class Part:
     whole: bool  # whole settings were named, not single layers
 
 
-def parts_of(args: argparse.Namespace) -> list[Part]:
+def tasks_of(args: argparse.Namespace) -> list[Task]:
     """Everything that is to be tuned, after all arguments were checked."""
     from dinat_triton.tuner.search import merged
 
@@ -95,15 +95,15 @@ def parts_of(args: argparse.Namespace) -> list[Part]:
     whats = _whats(args)
     _check_out(args, [what for what in whats if what != "cpu"])
     whole = not any(":" in word for word in split(args.layers))
-    parts = []
+    tasks = []
     for what in whats:
         dtype, batch = DEFAULTS["cpu" if what == "cpu" else "gpu"]
         for dim in args.dim or [None]:
             layers = merged(find_layers(args.layers, dim, args.batch or batch))
             for kind in dict.fromkeys((layer.dim, layer.has_bias) for layer in layers):  # which share no config
                 alike = tuple(layer for layer in layers if (layer.dim, layer.has_bias) == kind)
-                parts.append(Part(what, kind[0], args.dtype or dtype, alike, whole))
-    return parts
+                tasks.append(Task(what, kind[0], args.dtype or dtype, alike, whole))
+    return tasks
 
 
 def _whats(args: argparse.Namespace) -> list[str]:
@@ -155,15 +155,15 @@ def _target(what: str) -> Target:
     return target_of(architecture_of(torch.device("cuda", torch.cuda.current_device())))
 
 
-def _tune_kernels(args: argparse.Namespace, part: Part, budget: Budget) -> Found:
+def _tune_kernels(args: argparse.Namespace, task: Task, budget: Budget) -> Found:
     import torch
 
     from dinat_triton import store
     from dinat_triton.kernels import configs
     from dinat_triton.tuner.kernel_search import shipped, tune_kernels
 
-    target = _target(part.what)
-    if part.what == "cuda":
+    target = _target(task.what)
+    if task.what == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
         name, source = target.device, f"measured on {target.device}"
         how = "measured here, every config checked against float64"
@@ -174,9 +174,9 @@ def _tune_kernels(args: argparse.Namespace, part: Part, budget: Budget) -> Found
     entries = configs.user_table(name)
     if not args.dry_run:
         entries.check_writable()
-    print(f"{target.name}, {part.dtype}, head dim {part.dim}: {how}.", flush=True)
-    options: dict[str, Any] = {"general": part.whole, "jobs": args.jobs}
-    found, (seen, of) = tune_kernels(part.layers, getattr(torch, part.dtype), target, budget, device, **options)
+    print(f"{target.name}, {task.dtype}, head dim {task.dim}: {how}.", flush=True)
+    options: dict[str, Any] = {"general": task.whole, "jobs": args.jobs}
+    found, (seen, of) = tune_kernels(task.layers, getattr(torch, task.dtype), target, budget, device, **options)
     if seen < of:
         found.wrong.append(f"the budget was over when {seen} of {of} configs of layers were looked at")
     print(report(found, CONFIG))
@@ -190,7 +190,7 @@ def _tune_kernels(args: argparse.Namespace, part: Part, budget: Budget) -> Found
     return found
 
 
-def _tune_tiles(args: argparse.Namespace, part: Part, budget: Budget) -> Found:
+def _tune_tiles(args: argparse.Namespace, task: Task, budget: Budget) -> Found:
     import torch
 
     from dinat_triton import store, tiled
@@ -200,11 +200,11 @@ def _tune_tiles(args: argparse.Namespace, part: Part, budget: Budget) -> Found:
     if not args.dry_run:
         entries.check_writable()
     print(
-        f"{store.cpu_name()}, {torch.get_num_threads()} threads, {part.dtype}, head dim {part.dim}: tiles of the "
+        f"{store.cpu_name()}, {torch.get_num_threads()} threads, {task.dtype}, head dim {task.dim}: tiles of the "
         "`tiled` backend, measured here, every tile checked against float64.",
         flush=True,
     )
-    found, samples = tune_tiles(part.layers, getattr(torch, part.dtype), budget)
+    found, samples = tune_tiles(task.layers, getattr(torch, task.dtype), budget)
     print(report(found, ["tile"]))
     print(report_on_model(samples) + "\n")
     _keep(args, found, entries, _about(f"measured on {store.cpu_name()}", "torch"))

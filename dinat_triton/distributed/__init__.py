@@ -3,9 +3,9 @@
 from importlib import import_module
 from typing import Any
 
-from dinat_triton.distributed.costs import Cost, cost
+from dinat_triton.distributed.costs import CommunicationCost, cost
 
-__all__ = ["Cost", "cost", "shard_map"]
+__all__ = ["CommunicationCost", "cost", "shard_map"]
 
 
 def __getattr__(name: str) -> Any:

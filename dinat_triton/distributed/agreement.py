@@ -60,7 +60,7 @@ def _first_problem(reports: list[tuple[Description, Exception | None]]) -> Excep
 
 
 def form_of(x: Any) -> str:
-    """What of a tensor has to be alike on every rank."""
+    """Facts of a tensor that have to be alike on every rank."""
     if not isinstance(x, Tensor):
         return type(x).__name__
     placements = f" {x.placements} on a mesh of {tuple(x.device_mesh.shape)}" if isinstance(x, DTensor) else ""

@@ -23,8 +23,8 @@ from dinat_triton.geometry import BORDERS, Axis, Geometry, IntArray, geometry_of
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How one map axis is sharded: over the ranks of a group, in their order, as DTensor does."""
+class Split:
+    """One map axis over the ranks of a group, in their order, as DTensor does."""
 
     group: dist.ProcessGroup
     ranks: int
@@ -71,7 +71,7 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What this rank does about one sharded axis.
+    """Moves and queries of this rank along one sharded axis.
 
     Attributes:
         dim: The axis, in tensors.
@@ -107,7 +107,7 @@ def attend_shards(
     value: Tensor,
     shape: tuple[int, ...],
     window: Sequence[int],
-    cuts: tuple[Cut | None, ...],
+    splits: tuple[Split | None, ...],
     rpb: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
@@ -123,7 +123,7 @@ def attend_shards(
         value: As key; may have another dim.
         shape: The whole map.
         window: Its windows, flat.
-        cuts: For each map axis how it is sharded, or None where every rank has all of it.
+        splits: For each map axis how it is sharded, or None where every rank has all of it.
         rpb: Bias of the local heads.
         scale, dropout_p, return_lse, backend: As `na2d` has them.
         key_mask: `[batch, *local map]`.
@@ -131,7 +131,7 @@ def attend_shards(
     tensors = [query, key, value]
     if key_mask is not None:  # as a key of one channel, so that it goes where the others go
         tensors.append(key_mask[..., None, None].to(key.dtype))
-    parts = _parts(tensors, geometry_of(shape, tuple(window)), cuts, return_lse)
+    parts = _parts(tensors, geometry_of(shape, tuple(window)), splits, return_lse)
 
     def compute(pieces: list[Piece]) -> list[Tensor]:
         own, small = tensors, list(window)
@@ -179,22 +179,22 @@ def _further(
     return [torch.cat(pieces, last.dim) for pieces in zip(*before, outputs, *after, strict=True)]
 
 
-def _parts(tensors: list[Tensor], geometry: Geometry, cuts: tuple[Cut | None, ...], return_lse: bool) -> list[Part]:
+def _parts(tensors: list[Tensor], geometry: Geometry, splits: tuple[Split | None, ...], return_lse: bool) -> list[Part]:
     query, key, value, *mask = tensors
     batch, heads, dim = max(len(query), 1), query.shape[-2], query.shape[-1]
     of_token = token(batch, heads, dim, key.shape[-2], value.shape[-1], query.dtype, return_lse, bool(mask))
-    schemes = cheapest(geometry, tuple(cut.ranks if cut else 1 for cut in cuts), of_token).schemes
+    schemes = cheapest(geometry, tuple(split.ranks if split else 1 for split in splits), of_token).schemes
     parts = []
-    for number, (axis, cut, scheme) in enumerate(zip(geometry.axes, cuts, schemes, strict=True)):
-        if cut is not None and cut.ranks > 1:
-            own = _pieces(axis, cut.ranks, scheme, cut.rank, query.device)
-            parts.append(Part(1 + number, cut.group, scheme, *own))
+    for number, (axis, split, scheme) in enumerate(zip(geometry.axes, splits, schemes, strict=True)):
+        if split is not None and split.ranks > 1:
+            own = _pieces(axis, split.ranks, scheme, split.rank, query.device)
+            parts.append(Part(1 + number, split.group, scheme, *own))
     return parts
 
 
 @lru_cache(maxsize=512)
 def _pieces(axis: Axis, ranks: int, scheme: str, rank: int, device: torch.device) -> tuple[Any, ...]:
-    """What `Part` says of an axis, wherever that is in a tensor."""
+    """Fields of a `Part`, wherever its axis is in a tensor."""
     all_shares, chunked = shares(axis, ranks, scheme), chunks(axis.size, ranks)
     there = route(chunked, [share.needed for share in all_shares], rank, device)
     back = route([share.owned for share in all_shares], chunked, rank, device)

@@ -1,4 +1,4 @@
-"""How many bytes an attention over a sharded map moves, and the scheme that moves least."""
+"""Bytes that an attention over a sharded map moves, and the scheme that moves least."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Token:
 
 
 @dataclass(frozen=True, eq=False)
-class Cost:
-    """What a forward moves between ranks. Its backward moves as much the other way.
+class CommunicationCost:
+    """Bytes that a forward moves between ranks. Its backward moves as much the other way.
 
     Attributes:
         schemes: For each map axis "halo", "classes", or "whole" where one rank has all of it.
@@ -62,8 +62,8 @@ def cost(
     dtype: torch.dtype = torch.float32,
     return_lse: bool = False,
     has_key_mask: bool = False,
-) -> Cost:
-    """What the attention will move between ranks in a forward, by the scheme that it will take.
+) -> CommunicationCost:
+    """Bytes that the attention will move between ranks in a forward, by the scheme that it will take.
 
     Args:
         geometry: The whole map and its windows.
@@ -82,12 +82,12 @@ def cost(
 
 
 @lru_cache(maxsize=512)
-def cheapest(geometry: Geometry, ranks: tuple[int, ...], token: Token) -> Cost:
+def cheapest(geometry: Geometry, ranks: tuple[int, ...], token: Token) -> CommunicationCost:
     """The cost of the scheme that keeps the busiest rank least busy."""
     options = [(WHOLE,) if n == 1 else (HALO, CLASSES) for n in ranks]
     received = {schemes: _received(geometry, ranks, token, schemes) for schemes in product(*options)}
     best = min(received, key=lambda schemes: (received[schemes].max(), received[schemes].sum()))
-    return Cost(best, received[best], {schemes: int(each.max()) for schemes, each in received.items()})
+    return CommunicationCost(best, received[best], {schemes: int(each.max()) for schemes, each in received.items()})
 
 
 def ranks_along(geometry: Geometry, mesh: DeviceMesh | int | Sequence[int]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from dinat_triton.checks import check_dropout, check_key_mask, check_rank, check_rpb, check_scale, check_tensors
 from dinat_triton.distributed.agreement import agree_once, check_local_part, form_of, local_shape
-from dinat_triton.distributed.attention import Cut, attend_shards
+from dinat_triton.distributed.attention import Split, attend_shards
 from dinat_triton.distributed.gradients import shared
 from dinat_triton.functional import window_of
 from dinat_triton.geometry import geometry_of
@@ -41,7 +41,7 @@ def na(
     shape, flat = tuple(query.shape[1 : 1 + rank]), window_of(rank, *window)
     local_rpb = None if rpb is None else _local_bias(rpb, query, rank)
     q, k, v, local_mask = (x if x is None else x.to_local() for x in (query, key, value, key_mask))
-    out, lse = attend_shards(q, k, v, shape, flat, _cuts(query, rank), local_rpb, key_mask=local_mask, **options)
+    out, lse = attend_shards(q, k, v, shape, flat, _splits(query, rank), local_rpb, key_mask=local_mask, **options)
     outs = _distributed(out, query, (*query.shape[:-1], value.shape[-1]))
     return outs, None if lse is None else _distributed(lse, query, tuple(query.shape[:-1]))
 
@@ -49,7 +49,7 @@ def na(
 def _problem(
     rank: int, tensors: dict[str, Any], mesh: DeviceMesh, window: tuple[Any, ...], options: dict[str, Any]
 ) -> Exception | None:
-    """What is wrong with a call, kept so that all ranks can raise it."""
+    """Error in a call, kept so that all ranks can raise it."""
     try:
         query, key, value = (tensors[name] for name in ("query", "key", "value"))
         for name in ("query", "key", "value"):
@@ -117,14 +117,14 @@ def _check_bias(rpb: Tensor, query: DTensor, mesh: DeviceMesh, rank: int) -> Non
             )
 
 
-def _cuts(query: DTensor, rank: int) -> tuple[Cut | None, ...]:
-    """How each map axis is sharded."""
+def _splits(query: DTensor, rank: int) -> tuple[Split | None, ...]:
+    """The split of each map axis, if it has one."""
     mesh = query.device_mesh
-    cuts: list[Cut | None] = [None] * rank
+    splits: list[Split | None] = [None] * rank
     for dim, placement in enumerate(query.placements):
         if isinstance(placement, Shard) and 1 <= placement.dim <= rank:
-            cuts[placement.dim - 1] = Cut(mesh.get_group(dim), mesh.size(dim), mesh.get_local_rank(dim))
-    return tuple(cuts)
+            splits[placement.dim - 1] = Split(mesh.get_group(dim), mesh.size(dim), mesh.get_local_rank(dim))
+    return tuple(splits)
 
 
 def _local_bias(rpb: Tensor, query: DTensor, rank: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 
 def shared(x: Tensor, groups: Sequence[dist.ProcessGroup]) -> Tensor:
-    """The same tensor; its gradient is the sum of those of all ranks of each group in turn."""
+    """Shares a tensor: its gradient is the sum of those of all ranks of each group in turn."""
     return _Shared.apply(x, groups) if groups else x
 
 

@@ -13,7 +13,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from dinat_triton.distributed.attention import Cut
+from dinat_triton.distributed.attention import Split
 from dinat_triton.distributed.exchange import Route, exchange, route
 from dinat_triton.distributed.shares import chunks
 from dinat_triton.geometry import IntArray
@@ -42,14 +42,14 @@ class ShardedMap:
         return ShardedMap(tuple(x.shape[first : first + 2]), x.device_mesh)
 
     @cached_property
-    def cuts(self) -> tuple[Cut | None, ...]:
+    def splits(self) -> tuple[Split | None, ...]:
         mesh = self.mesh
-        cuts = [Cut(mesh.get_group(dim), mesh.size(dim), mesh.get_local_rank(dim)) for dim in range(mesh.ndim)]
-        return (*cuts, *[None] * (len(self.shape) - len(cuts)))
+        splits = [Split(mesh.get_group(dim), mesh.size(dim), mesh.get_local_rank(dim)) for dim in range(mesh.ndim)]
+        return (*splits, *[None] * (len(self.shape) - len(splits)))
 
     @property
     def groups(self) -> list[dist.ProcessGroup]:
-        return [cut.group for cut in self.cuts if cut is not None]
+        return [split.group for split in self.splits if split is not None]
 
     def resized(self, shape: Ints) -> ShardedMap:
         return replace(self, shape=tuple(shape))
@@ -76,7 +76,7 @@ class Fetch:
 def _fetch(
     size: int, outputs: int, kernel: int, stride: int, padding: int, ranks: int, rank: int, device: torch.device
 ) -> Fetch:
-    """What a rank needs of an axis to compute its part of a window layer's outputs."""
+    """Positions of an axis that a rank needs to compute its part of a window layer's outputs."""
 
     def bounds(own: IntArray) -> tuple[int, int]:
         return (int(own[0]) * stride - padding, int(own[-1]) * stride - padding + kernel) if len(own) else (0, 0)
@@ -90,7 +90,7 @@ def _fetch(
 
 @torch.compiler.disable
 def read(x: Tensor, on: ShardedMap, shape: Ints, kernel: Ints, stride: Ints, padding: Ints) -> Tensor:
-    """What a rank's part of a window layer's outputs reads, padded with zeros at the ends of the map.
+    """Reads what a rank's part of a window layer's outputs needs, padded with zeros at the ends of the map.
 
     Args:
         x: `[batch, *local map, channels]`.
@@ -99,11 +99,11 @@ def read(x: Tensor, on: ShardedMap, shape: Ints, kernel: Ints, stride: Ints, pad
         kernel, stride, padding: Of the layer, along each axis.
     """
     amounts = [0, 0]
-    for axis, cut in reversed([*enumerate(on.cuts)]):
+    for axis, split in reversed([*enumerate(on.splits)]):
         options = on.shape[axis], shape[axis], kernel[axis], stride[axis], padding[axis]
-        fetch = _fetch(*options, *((cut.ranks, cut.rank) if cut else (1, 0)), x.device)
-        if cut is not None and cut.ranks > 1:
-            (x,) = exchange([x], 1 + axis, fetch.move, cut.group)
+        fetch = _fetch(*options, *((split.ranks, split.rank) if split else (1, 0)), x.device)
+        if split is not None and split.ranks > 1:
+            (x,) = exchange([x], 1 + axis, fetch.move, split.group)
         else:
             x = x.narrow(1 + axis, 0, fetch.move.wanted)
         amounts += [fetch.before, fetch.after]
@@ -119,8 +119,8 @@ def convolve(conv: nn.Conv2d, x: Tensor, on: ShardedMap, shape: Ints) -> Tensor:
         x = nn.functional.pad(x, [0, 0, 0, max(missing[1], 0), 0, max(missing[0], 0)])
     out = nn.functional.conv2d(x.permute(0, 3, 1, 2), conv.weight, conv.bias, conv.stride).permute(0, 2, 3, 1)
     if idle:
-        for axis, cut in enumerate(on.cuts):
-            out = out.narrow(1 + axis, 0, len(chunks(shape[axis], cut.ranks)[cut.rank])) if cut else out
+        for axis, split in enumerate(on.splits):
+            out = out.narrow(1 + axis, 0, len(chunks(shape[axis], split.ranks)[split.rank])) if split else out
     return out
 
 

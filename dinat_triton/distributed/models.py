@@ -134,7 +134,7 @@ class ShardedAttention(NeighborhoodAttention2D):
         rpb = None if self.rpb is None else shared(self.rpb, on.groups)
         dropout_p = self.attn_drop.p if self.attn_drop.training else 0.0
         query, key, value = qkv.unbind(-3)
-        out, _ = attend_shards(query, key, value, padded.shape, self.window, padded.cuts, rpb, self.scale, dropout_p)
+        out, _ = attend_shards(query, key, value, padded.shape, self.window, padded.splits, rpb, self.scale, dropout_p)
         return self.proj_drop(self.proj(resize(out.flatten(-2), padded, on.shape)))
 
 

@@ -1,4 +1,4 @@
-"""What each rank computes along one sharded axis, and which positions of the axis it has to read for that.
+"""Share of each rank of one sharded axis: what it computes, and the positions that it has to read for that.
 
 A rank's share is a small axis of its own, so that any backend can attend on it: its windows are those of the whole axis
 for every query that counts. The tokens of a share are a comb of the axis, runs of neighboring residue classes taken

@@ -1,4 +1,4 @@
-"""What the page asks: questions in a query string, answers as plain data. All numbers are Geometry's and Plan's."""
+"""Answers to the page: questions in a query string, answers as plain data. All numbers are Geometry's and Plan's."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _position(token: int, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def about(fields: _Fields) -> Answer:
-    """What a geometry is, before anything is hovered."""
+    """Facts of a geometry, before anything is hovered."""
     geometry = fields.geometry()
     return {
         "shape": geometry.shape,

@@ -64,11 +64,11 @@ class Format:
         raise NotImplementedError
 
     def load(self, files: list[Path], threads: int | None = None) -> Runnable:
-        """What the files compute, in their runtime, on so many threads: as many as torch by default."""
+        """Loads the files into their runtime, on so many threads: as many as torch by default."""
         raise NotImplementedError
 
     def metadata(self, path: Path) -> Metadata:
-        """What was written with a model."""
+        """Metadata that was written with a model."""
         raise NotImplementedError
 
 

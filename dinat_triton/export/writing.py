@@ -137,7 +137,7 @@ def metadata_of(
     dtype: torch.dtype,
     class_names: Sequence[str] | None,
 ) -> Metadata:
-    """What whoever runs a file has to know; JSON but for plain words."""
+    """Facts that whoever runs a file has to know; JSON but for plain words."""
     found = {name: config[name] for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
     found |= {"size": size, "batch": batch or "dynamic", "dtype": str(dtype).removeprefix("torch.")}
     if class_names is not None:

@@ -51,7 +51,7 @@ def is_enabled() -> bool:
 
 
 def _init(self: Any, backend: str | None = None) -> None:
-    """What the processor's constructor does, without fetching anything."""
+    """Does what the processor's constructor does, without fetching anything."""
     self._na3d = na3d
     self.backend = backend
 

@@ -32,7 +32,7 @@ class NeighborhoodAttention(_dinat.NeighborhoodAttention):
     """Attention without its output projection."""
 
     def forward(self, hidden_states: Tensor, output_attentions: bool | None = False) -> tuple[Tensor, ...]:
-        """What transformers' forward is meant to compute."""
+        """Computes what transformers' forward is meant to."""
         x = pad_to_span(hidden_states, [self.kernel_size * self.dilation] * 2, self.all_head_size)
         heads = (self.num_attention_heads, self.attention_head_size)
         query, key, value = (layer(x).unflatten(-1, heads) for layer in (self.query, self.key, self.value))

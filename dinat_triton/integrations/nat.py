@@ -21,7 +21,7 @@ __all__ = ["NatBackbone", "NatConfig", "NatForImageClassification", "NatModel", 
 
 
 class NatConfig(DinatConfig):
-    """Of a NAT: a `DinatConfig` with every dilation 1."""
+    """Config of a NAT: a `DinatConfig` with every dilation 1."""
 
     model_type = "nat"
 
@@ -34,7 +34,7 @@ class NatConfig(DinatConfig):
 
 
 class NatPreTrainedModel(_dinat.DinatPreTrainedModel):
-    """What all models of the type share."""
+    """Base of all models of the type."""
 
     config: NatConfig
     config_class = NatConfig

@@ -171,7 +171,7 @@ class Sums:
             put(out, rows, tile.expand(self.batch, -1, len(rows), -1, -1).flatten(0, 1))
 
     def dense(self, p: Tensor, slots: Slots, rows: Tensor) -> Tensor:
-        """What tiles have of p as matrices of all their rows and columns, `[maps, tiles, R, S]`."""
+        """Spreads p over matrices of all rows and columns of tiles, `[maps, tiles, R, S]`."""
         tile = take(p, rows).masked_fill_(slots.empty, 0)
         matrix = tile.new_zeros(*tile.shape[:-1], len(slots.columns))
         return matrix.scatter_add_(-1, slots.column.expand(tile.shape), tile)

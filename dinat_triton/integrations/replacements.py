@@ -9,7 +9,7 @@ MISSING = object()
 
 
 class Replacements:
-    """What one integration replaced, and how it was. False while nothing is replaced."""
+    """Things that one integration replaced, as they were. False while nothing is replaced."""
 
     def __init__(self) -> None:
         self._originals: dict[tuple[Any, str], Any] = {}
@@ -30,7 +30,7 @@ class Replacements:
 
 
 class Enabled:
-    """What an `enable` returns: a context manager that ends what its `enable` began, and nothing from before."""
+    """Result of an `enable`: a context manager that ends what its `enable` began, and nothing from before."""
 
     def __init__(self, disable: Callable[[], None] | None) -> None:
         self._disable = disable

@@ -1,4 +1,4 @@
-"""What all figures share: colours, style, files, and maps of one to three axes as cells.
+"""Parts that all figures share: colours, style, files, and maps of one to three axes as cells.
 
 Orange is always a query and blue a key: told apart by every kind of colour vision, and by their brightness. Maps of
 numbers use cividis, the darker the larger.

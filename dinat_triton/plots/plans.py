@@ -54,7 +54,7 @@ def tile_tokens(plan: Plan, row: Position) -> tuple[IntArray, IntArray]:
 
 
 def tile_cells(plan: Plan, row: Position) -> IntArray:
-    """What each token is to the tile that holds a row: SELF for its rows, SEEN for what else it loads, or OTHER."""
+    """Marks the tile that holds a row: SELF for its rows, SEEN for what else it loads, OTHER elsewhere."""
     rows, columns = tile_tokens(plan, row)
     cells = np.full(plan.geometry.num_tokens, OTHER)
     cells[columns] = SEEN

@@ -12,7 +12,7 @@ from dinat_triton.plots.drawing import KEY, OTHER, QUERY, SEEN, SELF, draw_state
 
 @styled
 def plot_shares(geometry: Geometry, ranks: int, *, axis: int = 0) -> Figure:
-    """What each rank computes along a sharded axis, and the keys that it fetches for that, by either scheme.
+    """Draws what each rank computes along a sharded axis, and the keys that it fetches for that, by either scheme.
 
     Args:
         geometry: The whole map and its windows.

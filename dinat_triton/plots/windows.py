@@ -44,7 +44,7 @@ from dinat_triton.words import counted
 
 
 def neighborhood(geometry: Geometry, position: Position, inverse: bool = False) -> IntArray:
-    """What each token of the map is to the one at a position: OTHER, SEEN or SELF."""
+    """Marks each token of the map as OTHER, SEEN or SELF, as the one at a position has it."""
     cells = np.full(geometry.num_tokens, OTHER)
     cells[geometry.queries_of(position) if inverse else geometry.keys_of(position)] = SEEN
     cells = cells.reshape(geometry.shape)
@@ -145,7 +145,7 @@ def plot_field(reached: Field, ax: Axes | None = None, *, heat: bool = False, ti
 def plot_receptive_fields(
     stacks: Mapping[str, Sequence[TokenLinks]], token: Position | None = None, *, heat: bool = False
 ) -> Figure:
-    """How receptive fields grow: a row per stack, a column per depth."""
+    """Draws how receptive fields grow: a row per stack, a column per depth."""
     depth = max(map(len, stacks.values()))
     figure = Figure(figsize=(max(1.5 * depth, 3), 1.75 * len(stacks) + 0.2), layout="constrained")
     grid = figure.subplots(len(stacks), depth, squeeze=False)

@@ -1,4 +1,4 @@
-"""What `dinat-triton run` has every process do: register the models in timm and repair transformers' DiNAT.
+"""Registers the models in timm and repairs transformers' DiNAT in every process of `dinat-triton run`.
 
 Python imports this at its start wherever this folder is on PYTHONPATH, so processes that a script spawns do it too. It
 waits for them to import timm or transformers, and imports nothing itself: most processes need neither.

@@ -140,7 +140,7 @@ class Engine:
 
     @property
     def result(self) -> nn.Module:
-        """What is validated and kept: the averages, if there are any."""
+        """The model that is validated and kept: the averages, if there are any."""
         return self.model if self.averages is None else self.averages.module
 
     def weights(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What is trained: a model of timm with its weights, frozen as far as asked, on its processes."""
+"""The model that is trained: one of timm with its weights, frozen as far as asked, on its processes."""
 
 from __future__ import annotations
 

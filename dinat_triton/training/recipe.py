@@ -135,7 +135,7 @@ def _check(name: str, value: Any, facts: Mapping[str, Any]) -> None:
 
 
 def read(name: str) -> dict[str, Any]:
-    """What a recipe sets: one of ours by its name, or a YAML file such as a run's args.yaml."""
+    """Reads what a recipe sets: one of ours by its name, or a YAML file such as a run's args.yaml."""
     path = FOLDER / f"{name}.yaml"
     if not path.is_file():
         path = Path(name)
@@ -197,7 +197,7 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(sets: Mapping[str, Any], overrides: Mapping[str, Any], name: str) -> str:
-    """What a recipe sets, and what of it the command line overrides."""
+    """Lists what a recipe sets, and what of it the command line overrides."""
     lines = [f"recipe {name}: " + ", ".join(f"{k} {v}" for k, v in sets.items() if k not in overrides)]
     changed = [f"{k} {v}" + (f" (recipe: {sets[k]})" if sets.get(k, v) != v else "") for k, v in overrides.items()]
     return "\n".join(lines + ([f"overridden: {', '.join(changed)}"] if changed else []))

@@ -1,4 +1,4 @@
-"""What a run leaves for people: metrics.csv, curve.png and a line for each epoch."""
+"""Reports that a run leaves for people: metrics.csv, curve.png and a line for each epoch."""
 
 from __future__ import annotations
 

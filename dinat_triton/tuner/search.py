@@ -1,4 +1,4 @@
-"""Which of some choices is fastest: the part of tuning that is the same for all devices, measured and modelled.
+"""Search for the fastest of some choices: the part of tuning that is the same for all devices, measured and modelled.
 
 A `score` says what a choice takes, in seconds, or is a Rejection that says why it must not be taken.
 """

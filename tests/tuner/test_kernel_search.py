@@ -1,6 +1,6 @@
 """Tuning the kernels: what is pruned, what is trusted, and what ends up in the tables."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -28,15 +28,12 @@ Seconds = Callable[[str, Config], float | Rejection]
 
 
 @pytest.fixture(autouse=True)
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget_tuned: Callable[[], None]) -> None:
     """Few configs, no tables but the rule."""
     monkeypatch.setattr(configs, "TABLES", tmp_path / "none")
     monkeypatch.setenv(store.ENVIRONMENT, str(tmp_path / "cache"))
     monkeypatch.setattr(model, "CHUNKS", (32, 64))
     monkeypatch.setattr(model, "ONE_CHUNKS", (64,))
-    configs.forget_tables()
-    yield
-    configs.forget_tables()
 
 
 def compiler(judge: Callable[[KernelVariant], dict[str, object]] = lambda variant: {}) -> Submit:

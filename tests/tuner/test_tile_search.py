@@ -1,6 +1,6 @@
 """Tuning the tiles of the CPU, and the command around all tuning."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,13 +23,9 @@ KEY = f"float32/{torch.get_num_threads()}/24x24-k7x7-d1x1/4"
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget_tuned: Callable[[], None]) -> Path:
     monkeypatch.setenv(store.ENVIRONMENT, str(tmp_path / "cache"))
-    for forget in (configs.forget_tables, tiled.forget_tiles):
-        forget()
-    yield tmp_path / "cache"
-    for forget in (configs.forget_tables, tiled.forget_tiles):
-        forget()
+    return tmp_path / "cache"
 
 
 def tune(seconds: dict[Tile, float], wrong: Tile | None = None, budget: float = 1e6) -> Found:
@@ -91,7 +87,9 @@ def run(*arguments: str) -> int:
     return cli.main(["tune", *arguments])
 
 
-def test_the_cpu_is_tuned_for_real(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cpu_is_tuned_for_real(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, forget_tuned: Callable[[], None]
+) -> None:
     layer = layers_of("dinat_mini@224")[-1]
     slow = tuple(1 for _ in layer.shape)
     ranked = [slow, *tiled.modelled_tiles(layer.geometry, 1, layer.heads)[:2]]
@@ -100,11 +98,13 @@ def test_the_cpu_is_tuned_for_real(cache: Path, monkeypatch: pytest.MonkeyPatch)
     assert run(*arguments, "--dry-run") == 0
     assert not cache.exists()
     assert run(*arguments) == 0
-    tiled.forget_tiles()
+    forget_tuned()
     assert tiled.choose_tile(layer.geometry, 1, layer.heads) in ranked[1:]
 
 
-def test_modelled_configs_are_used_and_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modelled_configs_are_used_and_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget_tuned: Callable[[], None]
+) -> None:
     """Found without a GPU, put where tables ship, and read back by a user who has none of his own."""
     planted = {"forward/32/16": Config(rows=16), "forward/32/16/7x7-k7x7-d1x1/256": Config(rows=32),
                "key_backward/32/16": rule("key_backward", 32, 16)}  # fmt: skip
@@ -117,12 +117,12 @@ def test_modelled_configs_are_used_and_exported(tmp_path: Path, monkeypatch: pyt
     folder = tmp_path / "shipped"
     folder.mkdir()
     assert run("--arch", "sm_80", "--out", str(folder)) == 0
-    configs.forget_tables()
+    forget_tuned()
     geometry = layers_of("dinat_mini@224")[-1].geometry
     assert configs.choose_config("forward", 32, 16, "sm_80", "", geometry, 256) == Config(rows=32)
     assert run("--arch", "sm_80", "--out", str(folder)) == 2  # it is there already
     monkeypatch.setattr(configs, "TABLES", folder)
     monkeypatch.setenv(store.ENVIRONMENT, str(tmp_path / "nobody"))
-    configs.forget_tables()
+    forget_tuned()
     # What only says what the rule says is left out, and sm_89 is like sm_80.
     assert configs.load_table("sm_89") == {key: config for key, config in planted.items() if "key" not in key}

@@ -1,4 +1,4 @@
-"""What arguments of NATTEN's functions mean, which depends on its version.
+"""Meaning of the arguments of NATTEN's functions, which depends on its version.
 
 A `line` is the first of some versions that agree: "0.14", "0.15", "0.17" or "0.20", or None where it is not decided.
 """

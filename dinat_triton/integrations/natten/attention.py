@@ -18,7 +18,7 @@ from dinat_triton.reference import accumulator
 
 __all__ = ["attention", "merge_attentions"]
 
-Part = tuple[Tensor, Tensor]  # an output and its log-sum-exp
+Output = tuple[Tensor, Tensor]  # with its log-sum-exp
 
 
 @takes_eight_bit
@@ -38,7 +38,7 @@ def attention(
     *,
     return_lse: bool = False,
     **knobs: Any,
-) -> Tensor | Part:
+) -> Tensor | Output:
     """`natten.attention`: every query attends to all keys, or to those of its own sequence.
 
     Args:
@@ -79,7 +79,7 @@ def attention(
 
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None, backend: str | None
-) -> Part:
+) -> Output:
     """Attention of one sequence."""
     n, m = query.shape[1], key.shape[1]
     if n == 0 or m == 0:
@@ -95,7 +95,7 @@ def _attend(
     return na1d(query, key[:, :n], value[:, :n], n, is_causal=True, scale=scale, return_lse=True, backend=backend)
 
 
-def attend_to_all(query: Tensor, key: Tensor, value: Tensor, scale: float | None, backend: str | None) -> Part:
+def attend_to_all(query: Tensor, key: Tensor, value: Tensor, scale: float | None, backend: str | None) -> Output:
     """Attention of all queries `[batch, n, heads, dim]` to all keys `[batch, m, heads, dim]`.
 
     It is neighborhood attention too: on a map whose rows are as long as the shorter of both, with a window of a row.
@@ -122,7 +122,7 @@ def attend_to_all(query: Tensor, key: Tensor, value: Tensor, scale: float | None
 
 def merge_attentions(
     outputs: Sequence[Tensor], lse_tensors: Sequence[Tensor], torch_compile: bool = True, use_autograd_fix: bool = True
-) -> Part:
+) -> Output:
     """`natten.merge_attentions`: what attention to all keys at once would have given, with its gradients.
 
     Args:
@@ -163,7 +163,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else x.to(low) for x in tensors)
 
 
-def _packed(query: Tensor, key: Tensor, value: Tensor, of_queries: Tensor, of_keys: Tensor, *options: Any) -> Part:
+def _packed(query: Tensor, key: Tensor, value: Tensor, of_queries: Tensor, of_keys: Tensor, *options: Any) -> Output:
     """Attention of each sequence."""
     parts = [
         _attend(query[:, rows], key[:, columns], value[:, columns], *options)
@@ -173,7 +173,7 @@ def _packed(query: Tensor, key: Tensor, value: Tensor, of_queries: Tensor, of_ke
     return torch.cat(outs, 1), torch.cat(lses, 1)
 
 
-def _packed_fake(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> Part:
+def _packed_fake(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> Output:
     shape = query.shape[:-1]
     return query.new_empty(*shape, value.shape[-1]), query.new_empty(shape, dtype=accumulator(query.dtype))
 
@@ -193,7 +193,7 @@ def _packed_backward_fake(query: Tensor, key: Tensor, value: Tensor, *arguments:
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Part) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Output) -> None:
     ctx.save_for_backward(*inputs[:5])
     ctx.options = inputs[5:]
 

@@ -72,7 +72,7 @@ def _getter(context: type[_Flags], flag: str) -> Callable[[], Any]:
 
 
 def _switch(flag: str) -> tuple[Callable[..., None], Callable[[], bool], Callable[[], bool], Callable[[], bool]]:
-    """How a flag is set and read, and what until 0.17 set it and said what it now is."""
+    """Functions that set and read a flag, and those that set it and said what it now is until 0.17."""
     get = _getter(NattenContext, flag)
 
     def use(mode: bool = True) -> None:
@@ -128,7 +128,7 @@ def force_flex_attention() -> None:
 
 
 def use_kv_parallelism_in_fused_na(mode: bool = True) -> None:
-    """It has no effect here, but what was made deterministic refuses it as NATTEN does."""
+    """Has no effect here, but is refused as by NATTEN where its deterministic mode is on."""
     if mode and are_deterministic_algorithms_enabled():
         raise RuntimeError("NATTEN's deterministic mode is on, and parallelism over keys is not deterministic there")
     if not mode or not torch.are_deterministic_algorithms_enabled():
@@ -219,7 +219,7 @@ def has_cuda() -> bool:
 
 
 def _always(device_index: Any = None) -> bool:
-    """Of dtypes and fused functions: this package has them on any device."""
+    """Says yes to a dtype or fused function: this package has them on any device."""
     return True
 
 

@@ -167,7 +167,7 @@ na1d, na2d, na3d = fused(1), fused(2), fused(3)
 
 
 class FusedFunction:
-    """What stands for NATTEN's autograd function of the fused kernels.
+    """Substitute for NATTEN's autograd function of the fused kernels.
 
     Args:
         rank: Map axes.

@@ -24,7 +24,7 @@ NoneType = type(None)
 
 
 class KernelSchedule(enum.Enum):
-    """Of NATTEN's Hopper kernels; has no effect here."""
+    """Schedule of NATTEN's Hopper kernels; has no effect here."""
 
     NonPersistent = 0
     WarpSpecializedCooperative = 1

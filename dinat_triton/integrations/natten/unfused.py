@@ -133,7 +133,7 @@ def suggest_fused(rank: int, attn: Tensor) -> None:
 
 
 class UnfusedFunction:
-    """What stands for one of NATTEN's autograd functions.
+    """Substitute for one of NATTEN's autograd functions.
 
     Args:
         function: An `na*d_qk` or `na*d_av`.

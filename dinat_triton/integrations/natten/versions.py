@@ -1,4 +1,4 @@
-"""What each version of NATTEN has: its modules and their names, with objects that mean what they meant in it."""
+"""Contents of each version of NATTEN: its modules and their names, with objects that mean what they meant in it."""
 
 from __future__ import annotations
 
