@@ -183,9 +183,10 @@ def reasons(records: Sequence[Record]) -> list[str]:
 # The clock
 
 
-def measure(
-    calls: Mapping[str, Callable[[], object]], budget: float, device: str = "cpu", slice_s: float = 0.05
-) -> dict[str, Timing]:
+TURNS = 6
+
+
+def measure(calls: Mapping[str, Callable[[], object]], budget: float, device: str = "cpu") -> dict[str, Timing]:
     """Times warm callables side by side: they take turns, so that a busy moment of the machine meets them all.
 
     Each gets `budget` seconds, or the three calls that take longer, up to four times its budget.
@@ -196,7 +197,7 @@ def measure(
     while active:
         for name in active:
             start = time.perf_counter()
-            samples[name] += _burst(calls[name], device, slice_s)
+            samples[name] += _burst(calls[name], device, budget / TURNS)
             spent[name] += time.perf_counter() - start
         active = [n for n in active if spent[n] < budget or (len(samples[n]) < 3 and spent[n] < 4 * budget)]
     return {name: Timing.of(values) for name, values in samples.items()}

@@ -248,7 +248,11 @@ MOST_ROOM = 1 << 30
 
 def sdpa_obstacle(layer: Layer, inputs: Inputs) -> str | None:
     needed = layer.heads * layer.tokens**2 * inputs.query.element_size()
-    return f"its bias would take {needed / 2**30:.0f} GiB" if needed > MOST_ROOM else None
+    return f"its matrix of all pairs would take {needed / 2**30:.0f} GiB" if needed > MOST_ROOM else None
+
+
+def natten_obstacle(layer: Layer, inputs: Inputs) -> str | None:
+    return sdpa_obstacle(layer, inputs) if inputs.query.device.type == "cpu" else None
 
 
 def gather_obstacle(layer: Layer, inputs: Inputs) -> str | None:
@@ -312,7 +316,7 @@ PEERS = {
     for peer in (
         Peer("flex", prepare_flex, flex_obstacle),
         Peer("flex-tuned", prepare_flex_tuned, flex_obstacle),
-        Peer("natten", prepare_natten, has_bias=False),
+        Peer("natten", prepare_natten, natten_obstacle, has_bias=False),
         Peer("natten-cutlass-fna", partial(prepare_natten, backend="cutlass-fna"), has_bias=False),
         Peer("natten-hopper-fna", partial(prepare_natten, backend="hopper-fna"), has_bias=False),
         Peer("sdpa", prepare_sdpa, sdpa_obstacle),
