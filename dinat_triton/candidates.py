@@ -7,6 +7,7 @@ what that gives is shared by all geometries, passes and maps that have such an a
 from __future__ import annotations
 
 from functools import cached_property, lru_cache, reduce
+from math import prod
 
 import numpy as np
 
@@ -68,18 +69,19 @@ class AxisCounts:
 
 
 @lru_cache(maxsize=256)
-def count_axis(axis: Axis, most_rows: int, transposed: bool = False) -> AxisCounts:
+def count_axis(axis: Axis, most_rows: int, transposed: bool = False, parts: bool = False) -> AxisCounts:
     """Counts of an axis under each run of at most so many rows that is worth trying."""
-    return AxisCounts(cut(axis, run_lengths(axis, most_rows), transposed))
+    return AxisCounts(cut(axis, run_lengths(axis, most_rows, parts), transposed))
 
 
-def run_lengths(axis: Axis, most_rows: int) -> IntArray:
-    """Runs that cut the longest residue class evenly and keep a stride's queries together."""
+def run_lengths(axis: Axis, most_rows: int, parts: bool) -> IntArray:
+    """Runs that cut the longest residue class evenly: of whole strides, and if need be of even parts of one."""
     length = -(-axis.size // axis.dilation)
     run = np.arange(1, min(length, max(most_rows, 1)) + 1)
     pieces = -(-length // run)
     even = run[-(-length // pieces) == run]
-    return np.unique(np.minimum(-(-even // axis.stride) * axis.stride, length))
+    run = np.where(parts & (axis.stride % even == 0), even, -(-even // axis.stride) * axis.stride)
+    return np.unique(np.minimum(run, length))
 
 
 class Candidates:
@@ -91,10 +93,10 @@ class Candidates:
 
     def __init__(self, geometry: Geometry, most_rows: int, transposed: bool = False):
         self.geometry = geometry
-        self._axes = [count_axis(axis, max(most_rows, SHARED_ROWS), transposed) for axis in geometry.axes]
+        parts = prod(geometry.stride) > most_rows  # else a stride's queries, whose windows are one, stay together
+        self._axes = [count_axis(axis, max(most_rows, SHARED_ROWS), transposed, parts) for axis in geometry.axes]
         rows: IntArray = reduce(np.multiply.outer, [axis.lengths for axis in self._axes])
-        fits = rows <= max(most_rows, int(rows.min()))  # the smallest tile, if none is small enough
-        self._index = np.nonzero(fits)
+        self._index = np.nonzero(rows <= most_rows)
         self.tiles = np.stack([axis.lengths[i] for axis, i in zip(self._axes, self._index, strict=True)], 1)
 
     @property

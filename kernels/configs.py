@@ -128,10 +128,21 @@ def rule(name: str, dim: int, bits: int, biased: bool = True) -> Config:
         biased: Whether there is a bias, whose gradient queries would have to hold.
     """
     wide = bits == 32 or dim > (32 if name == "closed_backward" else 64)
+    chunk = 16 if bits * dim > 4096 else 32
     # With fewer channels than rows Triton would lay warps along the rows, of which there are too few.
     if name == "query_backward" and biased and dim > 16:
-        return Config(rows=16, chunk=32 if wide else 128, one_chunk=32 if wide else 128, stages=1)
-    return Config(rows=16 if wide else 64, chunk=32, one_chunk=32 if wide else 64, stages=1)
+        return Config(rows=16, chunk=chunk if wide else 128, one_chunk=chunk if wide else 128, stages=1)
+    return Config(rows=16 if wide else 64, chunk=chunk, one_chunk=chunk if wide else 64, stages=1)
+
+
+def shared_memory(dim: int, bits: int, is_amd: bool) -> int:
+    """Bytes of it that a program of the rule's configs uses at most: one of keys does.
+
+    NVIDIA's holds two tiles of rows and two of columns, one of them in two orders; AMD's moves one at a time.
+    """
+    config = rule("key_backward", dim, bits)
+    tokens = max(config.rows, config.chunk) if is_amd else 2 * config.rows + 3 * config.chunk
+    return tokens * dim * bits // 8
 
 
 @lru_cache(maxsize=512)

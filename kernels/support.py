@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 from torch import Tensor
+
+from dinat_triton.kernels.configs import architecture_of, shared_memory
 
 MAX_DIM = 256
 # The kernels divide the bias by the scale, in float32.
@@ -19,9 +23,20 @@ def why_not(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> s
         return f"it runs on NVIDIA and AMD GPUs, and on the CPU with TRITON_INTERPRET=1; the tensors are on {device}"
     if query.dtype not in DTYPES:
         return f"it computes in float16, bfloat16 and float32, not {query.dtype}"
+    most = _most_channels(device, query.dtype)
     for name, x in (("query and key", query), ("value", value)):
-        if x.shape[-1] > MAX_DIM:
-            return f"it takes head dims up to {MAX_DIM}, and {name} has {x.shape[-1]}"
+        if x.shape[-1] > most:
+            why = "" if most == MAX_DIM else f" in {query.dtype} with the shared memory of {device}"
+            return f"it takes head dims up to {most}{why}, and {name} has {x.shape[-1]}"
     if scale is not None and scale < MIN_SCALE:
         return f"it needs a scale of at least {MIN_SCALE}, got {scale}"
     return None
+
+
+@lru_cache
+def _most_channels(device: torch.device, dtype: torch.dtype) -> int:
+    """The largest head dim whose tiles fit the shared memory of a device."""
+    architecture, most = architecture_of(device), MAX_DIM
+    while shared_memory(most, torch.finfo(dtype).bits, architecture.is_amd) > architecture.shared_memory:
+        most //= 2
+    return most

@@ -11,6 +11,8 @@ import triton
 from torch import Tensor
 
 import dinat_triton as dt
+from dinat_triton.kernels import support
+from dinat_triton.kernels.configs import Architecture
 from tests.oracles import sampling
 from tests.oracles.cases import check, check_narrow, check_wanted, hide, make_case
 
@@ -154,6 +156,18 @@ def test_what_it_cannot_do_it_says_and_the_next_best_takes_over(changes: dict, m
     with pytest.raises(RuntimeError, match=f"backend 'triton' cannot run this call: .*{message}"):
         dt.na1d(x, x, x, 3, **options, backend="triton")
     assert dt.na1d(x, x, x, 3, **options).shape == x.shape
+
+
+def test_head_dims_past_the_shared_memory_are_refused_before_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(support, "architecture_of", lambda device: Architecture("sm_75", 64 << 10, 40))
+    monkeypatch.setattr(support, "_most_channels", support._most_channels.__wrapped__)
+    x = torch.ones(1, 4, 1, 256)
+    message = "head dims up to 128 in torch.float32 with the shared memory of cpu, and query and key has 256"
+    with pytest.raises(RuntimeError, match=message):
+        dt.na1d(x, x, x, 3, backend="triton")
+    assert dt.na1d(x, x, x, 3).equal(x)
+    half = x.half()
+    assert dt.na1d(half, half, half, 3, backend="triton").equal(half)
 
 
 def test_wide_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
