@@ -15,8 +15,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Checks what can be said of query, key and value without a geometry."""
-    alike = query.shape == key.shape == value.shape and query.dtype == key.dtype == value.dtype
-    if alike and query.device == key.device == value.device and query.dtype in DTYPES and 0 not in query.shape[-2:]:
+    shape, dtype, device = query.shape, query.dtype, query.device
+    alike = shape == key.shape == value.shape and dtype == key.dtype == value.dtype
+    if alike and device == key.device == value.device and dtype in DTYPES and 0 not in shape:
         return  # what nearly every call asks, at the cost of a few comparisons
     named = {"query": query, "key": key, "value": value}
     for name, x in named.items():
@@ -44,7 +45,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 def check_rpb(rpb: Tensor, query: Tensor, geometry: Geometry) -> None:
     expected = (query.shape[-2], *geometry.bias_shape)
-    if tuple(rpb.shape) != expected:
+    if rpb.shape != expected:
         raise ValueError(
             f"rpb must have shape [heads, 2 * kernel_size - 1 per axis] = {expected}, got {tuple(rpb.shape)}"
         )

@@ -37,11 +37,11 @@ def forward(
     key_mask, rows = _mask_bytes(qkv), query.shape[:-1]
     has_padding = isinstance(geometry, MapBatch) and geometry.shape is not None
     new = query.new_zeros if has_padding else query.new_empty
-    out, lse = new((*rows, value.shape[-1])), new(rows, dtype=torch.float32)
+    out, lse = new(*rows, value.shape[-1]), new(*rows, dtype=torch.float32)
     inputs, given = _items(inputs, geometry), (seed is not None, key_mask is not None, preset)
     launch, uneven = prepare_forward(geometry, _places(inputs), *_kind(query, rpb), *given)
     query, key, value = _evened(inputs, uneven)
-    with _on(query.device):
+    with _on_device_of(query):
         bias = _bias(rpb, launch, scale, query)
         launch(query, key, value, out, lse, bias, seed, key_mask, numbers=(scale, *_keep(dropout_p)))
     return out, lse
@@ -76,10 +76,10 @@ def backward(
     query, key, value, grad_out = _evened(inputs, launches.uneven)
     numbers = (scale, *_keep(dropout_p))
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    partials = lse.new_empty(launches.partials) if wanted[3] else None
+    partials = lse.new_empty(*launches.partials) if wanted[3] else None
     # Of each row: the log-sum-exp to base 2, and delta. Tiles of queries write them for tiles of keys.
-    stats = lse.new_empty((*lse.shape, 2)) if launches.queries else None
-    with _on(query.device):
+    stats = lse.new_empty(*lse.shape, 2) if launches.queries else None
+    with _on_device_of(query):
         tensors: tuple[Tensor | None, ...]
         for launch in launches.closed:
             tensors = (query, key, value, lse, grad_out, grad_lse, grad_q, grad_k, grad_v, partials)
@@ -104,7 +104,7 @@ def _bias(rpb: Tensor | None, launch: Launch, scale: float, query: Tensor) -> Te
     rpb = None if rpb is None else rpb.contiguous()
     if launch.table is None:
         return rpb
-    table = query.new_empty(launch.table.shape, dtype=torch.float32)
+    table = query.new_empty(*launch.table.shape, dtype=torch.float32)
     launch.table(rpb, table, numbers=(scale,))
     return table
 
@@ -114,7 +114,7 @@ def _fold(rpb: Tensor | None, partials: Tensor | None, launches: Backward) -> Te
     if rpb is None or partials is None or launches.folds is None:
         return None
     over_programs, over_pairs = launches.folds
-    sums = partials.new_empty(over_programs.shape)
+    sums = partials.new_empty(*over_programs.shape)
     grad = torch.empty_like(rpb, memory_format=torch.contiguous_format)
     over_programs(partials, sums)
     over_pairs(sums, grad)
@@ -149,7 +149,7 @@ def _keep(dropout_p: float) -> tuple[int, float]:
     return threshold(dropout_p), 1 / (1 - dropout_p)
 
 
-def _on(device: torch.device):
-    """Makes a GPU the current one, for Triton launches there."""
-    here = device.type != "cuda" or device.index == torch.cuda.current_device()
-    return nullcontext() if here else torch.cuda.device(device)
+def _on_device_of(x: Tensor):
+    """Makes a tensor's GPU the current one, for Triton launches there."""
+    here = not x.is_cuda or x.get_device() == torch.cuda.current_device()
+    return nullcontext() if here else torch.cuda.device(x.device)

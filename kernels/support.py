@@ -18,15 +18,15 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 def why_not(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> str | None:
     """Why the kernels cannot run this call, or None if they can."""
-    device = query.device
-    if device.type != "cuda" and not (device.type == "cpu" and triton.knobs.runtime.interpret):
-        return f"it runs on NVIDIA and AMD GPUs, and on the CPU with TRITON_INTERPRET=1; the tensors are on {device}"
+    if not (query.is_cuda or (query.is_cpu and triton.knobs.runtime.interpret)):
+        where = "it runs on NVIDIA and AMD GPUs, and on the CPU with TRITON_INTERPRET=1"
+        return f"{where}; the tensors are on {query.device}"
     if query.dtype not in DTYPES:
         return f"it computes in float16, bfloat16 and float32, not {query.dtype}"
-    most = _most_channels(device, query.dtype)
+    most = _most_channels(query.device, query.dtype)
     for name, x in (("query and key", query), ("value", value)):
         if x.shape[-1] > most:
-            why = "" if most == MAX_DIM else f" in {query.dtype} with the shared memory of {device}"
+            why = "" if most == MAX_DIM else f" in {query.dtype} with the shared memory of {query.device}"
             return f"it takes head dims up to {most}{why}, and {name} has {x.shape[-1]}"
     if scale is not None and scale < MIN_SCALE:
         return f"it needs a scale of at least {MIN_SCALE}, got {scale}"

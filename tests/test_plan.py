@@ -136,7 +136,7 @@ def test_candidates_cut_evenly_and_respect_the_limit() -> None:
     assert all(a * b <= 64 and a % 2 == 0 and b % 2 == 0 for a, b in candidates)
     strided = Geometry((9, 12), (3, 6), stride=(3, 6))
     assert Candidates(strided, 18).tiles.tolist() == [[3, 6]]  # a stride's queries stay together where they fit
-    assert Candidates(strided, 6).tiles.tolist() == [[1, 1], [1, 2], [1, 3], [1, 6], [3, 1], [3, 2]]
+    assert Candidates(strided, 6).tiles.tolist() == [[1, 1], [1, 2], [1, 3], [1, 6], [3, 1], [3, 2], [6, 1]]
 
 
 @pytest.mark.parametrize(

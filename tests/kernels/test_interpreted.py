@@ -39,6 +39,10 @@ def test_short_maps_where_all_queries_see_a_key(length: int, poisoned: None) -> 
     check(make_case(sampling.Sample((length,), (7,), (1,), (1,), (False,)), random.Random(length), heads=1))
 
 
+def test_a_stride_of_more_queries_than_a_tile_holds() -> None:
+    check(make_case(sampling.Sample((13, 11), (5, 6), (1, 1), (5, 6), (True, False)), random.Random(1), biased=True))
+
+
 CLOSED = sampling.Sample((8, 8), (4, 4), (2, 2), (1, 1), (False, False))  # tiles of 16
 MANY_CHUNKS = sampling.Sample((9, 8), (5, 5), (1, 1), (1, 1), (False, False))  # and every kind of border
 RAGGED = sampling.Sample((11, 13), (3, 3), (2, 3), (1, 1), (False, False))  # residue classes of several lengths
