@@ -45,10 +45,9 @@ class Timing:
     def of(cls, samples: Sequence[float]) -> Timing:
         ordered = sorted(samples)
         p20, p80 = (ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.8))
-        return cls(statistics.median(ordered), p20, p80, len(ordered))
-
-    def to_dict(self) -> dict[str, float]:
-        return {name: round(value, 5) for name, value in vars(self).items()}
+        # As a file keeps them, so that its report is the one that was printed.
+        median, p20, p80 = (round(value, 5) for value in (statistics.median(ordered), p20, p80))
+        return cls(median, p20, p80, len(ordered))
 
 
 @dataclass
@@ -95,7 +94,7 @@ class Record:
 
     def to_dict(self) -> dict[str, Any]:
         names = {"implementation": self.implementation, "pass": self.pass_, "dtype": self.dtype}
-        ms = self.timing and self.timing.to_dict()
+        ms = self.timing and asdict(self.timing)
         return {"problem": self.problem, **names, "ms": ms, "reason": self.reason, "also": self.also}
 
     @classmethod

@@ -94,7 +94,9 @@ def test_without_a_bias_and_with_grouped_heads(gpu: GPU, sample: Sample) -> None
     check_narrow(case, torch.bfloat16)
 
 
-@pytest.mark.parametrize("sample", [CLOSED, SLIDING], ids=str)
+@pytest.mark.parametrize(
+    ("gpu", "sample"), [("sm_80", CLOSED), ("sm_90", SLIDING), ("sm_100", CLOSED)], indirect=["gpu"], ids=str
+)
 def test_dropout(gpu: GPU, sample: Sample) -> None:
     check_narrow(make_case(sample, random.Random(5), heads=2, batch=1, dims=(32, 32), dropout_p=0.3), torch.bfloat16)
 
