@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that a GPU has to tell, in at most 8 minutes: tests, every DiNAT layer against float64 among them,
-# compute-sanitizer, tuning, times against the peers with the tuned table, whole models, overhead. Leaves JSON, one log
-# and a table in a folder and prints the table last. Needs torch, triton, timm and pytest; nothing of ours has to be
-# installed.
+# compute-sanitizer, tuning, times against the peers with the tuned table, layers of a video model, whole models,
+# overhead. Leaves JSON, one log and a table in a folder and prints the table last. Needs torch, triton, timm and
+# pytest; nothing of ours has to be installed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -77,14 +77,16 @@ if [ ${#dry[@]} -gt 0 ]; then
     pytest+=(--collect-only)
     tune=(--layers dinat_mini@224:7x7* --budget 4 --dry-run)
     layers=(--layers dinat_mini@224:7x7* --peers sdpa swin --seconds 0.01)
+    video=(--layers ltx@small:9x16x24* --peers --seconds 0.01)
     models=(--models dinat_mini --passes inference --no-memory --seconds 0.2)
     overhead=(--layers dinat_mini@224:14x14-d2 --seconds 0.01)
 else
-    if "$python" -c "import xdist" 2>/dev/null; then workers=(-n 6); fi
-    tune=(--layers dinat_mini@224 dinat_large@224 --budget 45 --out "$out/tuned.json" --force)
-    layers=(--layers dinat_mini@224 dinat_large@224 --batch 128 1 --budget 68)
+    if "$python" -c "import xdist" 2>/dev/null; then workers=(-n 12); fi
+    tune=(--layers dinat_mini@224 --budget 30 --out "$out/tuned.json" --force)
+    layers=(--layers dinat_mini@224 --batch 128 --budget 60)
+    video=(--layers ltx@decoder --batch 1 --peers)
     models=(--models swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 convnext_tiny dinat_mini dinat_tiny
-        --seconds 0.5 --graph --compile swin_tiny_patch4_window7_224 dinat_tiny --budget 60)
+        --seconds 0.5 --graph --compile swin_tiny_patch4_window7_224 dinat_tiny --budget 58)
     overhead=(--seconds 0.1)
 fi
 where=(--device "$kind")
@@ -101,15 +103,17 @@ for tool in memcheck racecheck; do
     fi
     part "$tool" 30 "${sanitized[@]}" "${pytest[@]}" tests/gpu -k test_every_kernel_once
 done
-part tune 58 "${compiled[@]}" "${command[@]}" tune "${where[@]}" "${tune[@]}"
-part layers 88 "${compiled[@]}" "${command[@]}" bench layers "${where[@]}" "${layers[@]}" --backward \
+part tune 46 "${compiled[@]}" "${command[@]}" tune "${where[@]}" "${tune[@]}"
+part layers 80 "${compiled[@]}" "${command[@]}" bench layers "${where[@]}" "${layers[@]}" --backward \
     --out "$out/layers.json" --force
-part models 93 "${compiled[@]}" "${command[@]}" bench models "${where[@]}" "${models[@]}" --out "$out/models.json" --force
+part video 30 "${compiled[@]}" "${command[@]}" bench layers "${where[@]}" "${video[@]}" --backward \
+    --out "$out/video.json" --force
+part models 80 "${compiled[@]}" "${command[@]}" bench models "${where[@]}" "${models[@]}" --out "$out/models.json" --force
 part overhead 20 "${compiled[@]}" "${command[@]}" bench overhead "${overhead[@]}" --out "$out/overhead.json" --force
 
 echo
 found=()
-for name in layers models overhead; do
+for name in layers video models overhead; do
     if [ -f "$out/$name.json" ]; then found+=("$out/$name.json"); fi
 done
 timeout 18 "${command[@]}" bench report "${found[@]}" | tee "$out/table.txt" || failed=$((failed + 1))

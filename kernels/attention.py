@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dinat_triton.dropout import threshold
 from dinat_triton.geometry import Geometry
 from dinat_triton.kernels.configs import Preset
 from dinat_triton.kernels.prepare import (
+    ALIGNMENT,
     Backward,
     Launch,
     Place,
@@ -33,6 +35,9 @@ def forward(
     preset: Preset | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attends; query, key and value are `[batch, *shape, heads, dim]`. The backward always needs the log-sum-exp."""
+    if _is_odd(qkv):
+        out, lse = forward(_widened(qkv), rpb, seed, geometry, scale, dropout_p, need_lse, preset)
+        return out[..., : unpack(qkv)[2].shape[-1]].contiguous(), lse
     query, _, value = inputs = unpack(qkv)
     key_mask, rows = _mask_bytes(qkv), query.shape[:-1]
     has_padding = isinstance(geometry, MapBatch) and geometry.shape is not None
@@ -66,6 +71,14 @@ def backward(
 
     None among `grads` stands for one that is not wanted.
     """
+    if _is_odd(qkv):
+        inputs, fixed = _widened(qkv), (lse, _wide(grad_out), grad_lse, geometry, scale, dropout_p)
+        wide = [None if x is None else _wide(torch.zeros_like(x)) for x in grads]
+        grad_rpb = backward(inputs, rpb, seed, _wide(out), *fixed, wide, wants_bias, preset)
+        for grad, found in zip(grads, wide, strict=True):
+            if grad is not None and found is not None:
+                grad.copy_(found[..., : grad.shape[-1]])
+        return grad_rpb
     grad_q, grad_k, grad_v = outputs = _items(unpack_grads(grads), geometry)
     inputs = _items([*unpack(qkv), grad_out], geometry)
     written = [x if grad is None else grad for x, grad in zip(inputs, outputs, strict=False)]
@@ -91,6 +104,25 @@ def backward(
             tensors = (query, key, value, grad_out, stats, grad_k, grad_v)
             launch(*tensors, _bias(rpb, launch, scale, query), seed, key_mask, numbers=numbers)
         return _fold(rpb, partials, launches)
+
+
+def _is_odd(qkv: list[Tensor]) -> bool:
+    """Whether loads of 16 bytes do not fit the channels: one by one their addresses take more registers than there are.
+
+    Kernels that spill so much are slow, and ptxas 12.8 compiles some of them to something wrong.
+    """
+    query, _, value = unpack(qkv)
+    return query.shape[-1] % ALIGNMENT > 0 or value.shape[-1] % ALIGNMENT > 0
+
+
+def _widened(qkv: list[Tensor]) -> list[Tensor]:
+    """Copies with channels of zeros behind the others, which change nothing, and the mask."""
+    tensors, key_mask = split_mask(qkv)
+    return [*map(_wide, tensors), *([] if key_mask is None else [key_mask])]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return pad(x, (0, -x.shape[-1] % ALIGNMENT))
 
 
 def _mask_bytes(qkv: list[Tensor]) -> Tensor | None:

@@ -1,9 +1,10 @@
 """Choice of the plan and launch options of a kernel: tuned by the user, out of the shipped tables, or by a rule.
 
 A table has configs of a pass, head dim and width, `forward/32/16`, others for calls without a bias,
-`forward/32/16/unbiased`, and configs of single geometries with about so many maps (batch * heads),
-`forward/32/16/56x56-k7x7-d8x8/256`, which go first. Tables that `dinat-triton tune` wrote for the
-device or its architecture go before the shipped one, and the rule, safe on any GPU, comes last.
+`forward/32/16/unbiased`, forwards over closed tiles, `forward/32/16/closed`, and configs of single geometries with
+about so many maps (batch * heads), `forward/32/16/56x56-k7x7-d8x8/256`, which go first. Tables that
+`dinat-triton tune` wrote for the device or its architecture go before the shipped one, and the rule, safe on any GPU,
+comes last.
 
 A choice is made once per problem and cached; nothing is compiled or timed to make it.
 """
@@ -14,6 +15,7 @@ import json
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ PASSES = ("forward", "closed_backward", "query_backward", "key_backward")
 # rate of exponentials, on the data-center GPUs alike.
 SCORES_PER_BYTE = 1.4
 ALL_REGISTERS = 255
+MOST_CLOSED = 64
 # Of tiles: with more, words could not tell who sees whom.
 MOST_ROWS = 512
 
@@ -148,7 +151,7 @@ def shared_memory(dim: int, bits: int, is_amd: bool) -> int:
 @lru_cache(maxsize=512)
 def choose_config(
     name: str, dim: int, bits: int, architecture: str, device: str = "", geometry: Geometry | None = None,
-    maps: int = 1, biased: bool = True,
+    maps: int = 1, biased: bool = True, closed: bool = False,
 ) -> Config:  # fmt: skip
     """The config of a pass: the user's, or the shipped one, or the rule's.
 
@@ -161,20 +164,28 @@ def choose_config(
         geometry: Whose own configs to look for; without one, only those for all geometries.
         maps: Batch times heads.
         biased: Whether there is a bias.
+        closed: Whether tiles are closed, which a geometry tells.
     """
     key = table_key(name, dim, bits, biased)
     own_key = None if geometry is None else f"{key}/{store.geometry_key(geometry)}"
+    closed_key = table_key(name, dim, bits, biased, closed or (geometry is not None and is_closed(geometry)))
     for table in (load_user_table(device), load_user_table(architecture), load_table(architecture)):
         own = None if own_key is None else store.nearest(table, own_key, maps)
-        found = own or table.get(key)
+        found = own or table.get(closed_key) or table.get(key)
         if found is not None:
             return found
     return rule(name, dim, bits, biased)
 
 
-def table_key(name: str, dim: int, bits: int, biased: bool = True) -> str:
-    """Where tables keep the config of a pass."""
-    return f"{name}/{dim}/{bits}" + ("" if biased else "/unbiased")
+def table_key(name: str, dim: int, bits: int, biased: bool = True, closed: bool = False) -> str:
+    """Where tables keep the config of a pass. A backward over closed tiles is a pass of its own."""
+    kind = "/closed" if closed and name == "forward" else ""
+    return f"{name}/{dim}/{bits}" + ("" if biased else "/unbiased") + kind
+
+
+def is_closed(geometry: Geometry) -> bool:
+    """Whether closed tiles, whose columns no other tile reads, are so small that one chunk holds their columns."""
+    return prod(axis.closed_columns for axis in geometry.axes) <= MOST_CLOSED
 
 
 def config_of(key: str, entry: Any) -> Config:

@@ -35,7 +35,7 @@ from dinat_triton.kernels.schedule import (
 )
 from dinat_triton.map_batch import MapBatch
 
-# Bytes that Triton takes the address of an aligned tensor to be a multiple of.
+# What Triton knows addresses to be a multiple of in bytes, and strides and channels in numbers, for wide loads.
 ALIGNMENT = 16
 
 # The largest number that addresses of tokens within a batch item can have in 32 bits.
@@ -278,14 +278,18 @@ def strides_of(place: Place) -> tuple[int, int, int]:
 
 
 def _even(places: tuple[Place, ...]) -> tuple[tuple[Place, ...], tuple[int, ...]]:
-    """Places in which three strides lead to all tokens, those of contiguous copies if need be, and which these are."""
-    uneven = tuple(i for i, place in enumerate(places) if find_strides(place) is None)
+    """Places in which three strides lead to all tokens, those of contiguous copies if need be, and which these are.
+
+    Strides that do not allow wide loads need a copy as well.
+    """
+    each = map(find_strides, places)
+    uneven = tuple(i for i, strides in enumerate(each) if strides is None or any(x % ALIGNMENT for x in strides))
     copies = ((shape, row_major_strides(shape)) if i in uneven else (shape, s) for i, (shape, s) in enumerate(places))
     return tuple(copies), uneven
 
 
 def find_strides(place: Place) -> tuple[int, int, int] | None:
-    """From batch item, token and head to the next; None if no such three numbers lead to every token's channels."""
+    """From batch item, token and head to the next, 0 where there is one; None if no three lead to all channels."""
     shape, stride = place
     if stride[-1] != 1 and shape[-1] != 1:
         return None
@@ -293,5 +297,5 @@ def find_strides(place: Place) -> tuple[int, int, int] | None:
         tokens = torch.empty_strided(shape, stride, device="meta").view(shape[0], -1, *shape[-2:])
     except RuntimeError:
         return None
-    batch, token, head, _ = tokens.stride()
+    batch, token, head = (0 if n == 1 else stride for n, stride in zip(tokens.shape[:3], tokens.stride(), strict=False))
     return batch, token, head

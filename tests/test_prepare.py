@@ -132,7 +132,7 @@ def test_tokens_that_lie_unevenly_are_copied() -> None:
     for stride in ((1152, 288, 24, 8, 1), (576, 144, 24, 1, 3)):
         with pytest.raises(ValueError, match=r"tokens must lie evenly in memory, got shape \(2, 4, 6, 3, 8\)"):
             prepare.strides_of((shape, stride))
-    uneven, even = torch.zeros(2, 8, 6, 3, 8)[:, ::2], torch.zeros(2, 4, 6, 3, 3, 8)[..., 1, :, :]
+    uneven, even = torch.zeros(2, 8, 6, 3, 16)[:, ::2], torch.zeros(2, 4, 6, 3, 3, 16)[..., 1, :, :]
     places, found = prepare._even(attention._places([uneven, even]))
     assert found == (0,)
     tensors = attention._evened([uneven, even], found)

@@ -100,10 +100,19 @@ def tasks_of(args: argparse.Namespace) -> list[Task]:
         dtype, batch = DEFAULTS["cpu" if what == "cpu" else "gpu"]
         for dim in args.dim or [None]:
             layers = merged(find_layers(args.layers, dim, args.batch or batch))
-            for kind in dict.fromkeys((layer.dim, layer.has_bias) for layer in layers):  # which share no config
-                alike = tuple(layer for layer in layers if (layer.dim, layer.has_bias) == kind)
-                tasks.append(Task(what, kind[0], args.dtype or dtype, alike, whole))
+            for kind in dict.fromkeys(_kind(what, layer) for layer in layers):
+                alike = tuple(layer for layer in layers if _kind(what, layer) == kind)
+                tasks.append(Task(what, alike[0].dim, args.dtype or dtype, alike, whole))
     return tasks
+
+
+def _kind(what: str, layer: Layer) -> tuple[int, bool, bool]:
+    """A layer's kind: kernels of different kinds share no config."""
+    if what == "cpu":
+        return layer.dim, layer.has_bias, False
+    from dinat_triton.kernels.configs import is_closed
+
+    return layer.dim, layer.has_bias, is_closed(layer.geometry)
 
 
 def _whats(args: argparse.Namespace) -> list[str]:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -33,7 +34,7 @@ def _read_nvidia(asm: dict[str, Any]) -> dict[str, Any]:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(asm["cubin"])
         usage = _cuobjdump("-res-usage", cubin)
-        sass = _cuobjdump("-sass", cubin)
+        code = _sass_code(_cuobjdump("-sass", cubin))
     ptx = asm["ptx"]
     widths = [_ptx_bytes(m) for m in re.findall(r"\bld\.global(\S*)", ptx)]
     widths += [int(n, 0) for n in re.findall(r"cp\.async\.c[ag]\S* \[[^\]]*\], \[[^\]]*\], (\w+)", ptx)]
@@ -42,7 +43,8 @@ def _read_nvidia(asm: dict[str, Any]) -> dict[str, Any]:
         "spills": int(_first(r"STACK:(\d+)", usage)),
         "matrix": _matrix(ptx),
         "loads": dict(sorted(Counter(widths).items())),
-        **loop_lengths(_sass_code(sass), r"MUFU\.EX2"),
+        "unset": unset(code.instructions),
+        **loop_lengths(code, r"MUFU\.EX2"),
     }
 
 
@@ -55,6 +57,7 @@ def _read_amd(asm: dict[str, Any]) -> dict[str, Any]:
         "spills": int(_first(r"\.vgpr_spill_count:\s+(\d+)", text)),
         "matrix": _matrix(text),
         "loads": dict(sorted(Counter(4 * n for n in words).items())),
+        "unset": [],
         **loop_lengths(_amd_code(text), r"v_exp_f32"),
     }
 
@@ -100,6 +103,45 @@ def _sass_code(sass: str) -> Code:
         if first is not None and first < i:
             loops.append((first, i))
     return Code([text for _, text in lines], loops)
+
+
+def unset(instructions: Sequence[str]) -> list[str]:
+    """Uniform registers that are read, such as for a matrix product's operands, where nothing before has written them.
+
+    That is a mistake of ptxas, which 12.8 makes in rare kernels that keep everything in registers and spill: it carries
+    a value from one round of a loop to the next and gives the first round none.
+    """
+    written: set[int] = set()
+    found: list[str] = []
+    for text in instructions:
+        name, *operands = re.sub(r"^@!?U?P\w+ ", "", text).replace(",", " ").split()
+        target = _target(name, operands)
+        for first, count in (each for x in operands[target:] for each in _uniform(name, x, operands)):
+            found += [f"UR{n}" for n in range(first, first + count) if n not in written]
+        if target:
+            count = 4 if ".128" in name else 2 if ".64" in name or "WIDE" in name else 1
+            first = int(operands[target - 1][2:])
+            written.update(range(first, first + count))
+    return list(dict.fromkeys(found))
+
+
+def _target(name: str, operands: Sequence[str]) -> int:
+    """How many operands there are up to the uniform register that is written, behind predicates; 0 if none is."""
+    if name.startswith(("U", "R2UR", "S2UR", "LDCU", "VOTEU", "REDUX")):
+        place = next((i for i, x in enumerate(operands) if not re.fullmatch(r"!?U?P(T|\d)", x)), 0)
+        if operands and re.fullmatch(r"UR\d+", operands[place]):
+            return place + 1
+    return 0
+
+
+def _uniform(name: str, operand: str, operands: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Uniform registers of an operand: the first and their number."""
+    for kind, number in re.findall(r"(gdesc\[|desc\[|)UR(\d+)", operand):
+        first = int(number)
+        if kind == "gdesc[" and name.startswith("HGMMA"):  # descriptors of rows, which may be in registers, and columns
+            yield (first + 2, 2) if operands[1].startswith("R") else (first, 4)
+        else:
+            yield first, 2 if kind or name.startswith("UIADD3.64") else 1
 
 
 def _amd_code(text: str) -> Code:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dinat_triton import store
 from dinat_triton.kernels import attention
-from dinat_triton.kernels.configs import LIKE, Config, Preset, choose_config, padded, rule, table_key
+from dinat_triton.kernels.configs import LIKE, Config, Preset, choose_config, is_closed, padded, rule, table_key
 from dinat_triton.layers import Layer
 from dinat_triton.offline.targets import TARGETS, Target
 from dinat_triton.tuner.layer_run import LayerRun
@@ -39,9 +39,9 @@ from dinat_triton.tuner.search import (
 # Whether tiles can be closed decides which kernels a backward runs at all, so that pass comes last.
 IN_TURN = ("forward", "query_backward", "key_backward", "closed_backward")
 # What the model cannot tell apart is left to the clock.
-UNMODELLED: tuple[dict[str, int], ...] = ({"stages": 3}, {"programs": 4}, {"programs": 16})
+UNMODELLED: tuple[dict[str, int], ...] = ({"programs": 4}, {"programs": 16}, {"programs": 32}, {"programs": 64})
 # Configs of a layer's pass that are timed, as the budget allows, and seconds that each takes in all its rounds.
-FEWEST, MOST, RACE_SECONDS = 4, 16, 0.3
+FEWEST, MOST, RACE_SECONDS = 4, 32, 0.3
 # Configs that are timed on all layers, to find the one for layers that nobody tuned.
 GENERAL = 3
 # Compiling may take this share of the budget if what it finds is timed afterwards, and this share if not.
@@ -56,7 +56,7 @@ class KernelSearch:
     """The search for the configs of some layers with one head dim and dtype.
 
     Attributes:
-        layers: The layers.
+        layers: The layers: with closed tiles, or without.
         model: Ranks configs.
         budget: Time for all of it.
         clock_of: Times a layer; None without a GPU.
@@ -72,6 +72,7 @@ class KernelSearch:
     def __post_init__(self) -> None:
         self.bits = torch.finfo(self.model.dtype).bits
         self.dim, self.biased = padded(self.layers[0].dim), self.layers[0].has_bias
+        self.closed = is_closed(self.layers[0].geometry)
         self.rounds = LEAST_ROUNDS if self.clock_of else 1
         warp = self.model.target.warp
         self.own = {
@@ -101,7 +102,7 @@ class KernelSearch:
 
     def in_use(self, name: str, layer: Layer | None = None) -> Config:
         """Config that a layer gets now, or a layer that nobody tuned."""
-        own = {} if layer is None else {"geometry": layer.geometry, "maps": layer.maps}
+        own = {"closed": self.closed} if layer is None else {"geometry": layer.geometry, "maps": layer.maps}
         target = self.model.target
         return choose_config(name, self.dim, self.bits, target.name, target.device, **own, biased=self.biased)
 
@@ -212,7 +213,7 @@ class KernelSearch:
             winner = together.winner(self.default(name), self.rounds)
             if winner in together.seconds:
                 general = winner
-                found.entries[key] = asdict(general)
+                found.entries[table_key(name, self.dim, self.bits, self.biased, self.closed)] = asdict(general)
         for layer, finished in races.items():
             now = self.in_use(name, layer)
             default = now if general is None else general

@@ -30,8 +30,10 @@ Configs = dict[str, Config]  # by pass
 Submit = Callable[[KernelVariant], "Future[Report]"]
 ROWS = CHUNKS = (16, 32, 64, 128)
 ONE_CHUNKS = (32, 64, 128)
-WARPS = (2, 4, 8)
-STAGES = (1, 2)
+WARPS = (1, 2, 4, 8)
+# Triton issues the loads of a round behind the computation of the one before: two stages wait for all of them. Three
+# load during a computation, and five where the addresses are loaded, too.
+STAGES = (1, 3, 5)
 # Scores of a step that each thread computes: fewer leave it idle, more do not fit its registers.
 LEAST_SCORES, MOST_SCORES = 4, 64
 # How much more than the best plan another may cost: what it saves elsewhere does not make up for more.

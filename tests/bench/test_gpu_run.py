@@ -14,7 +14,7 @@ from dinat_triton.bench.harness import FOLDER, Results
 
 BASH = shutil.which("bash") or "bash"
 SCRIPT, BUILD = FOLDER / "gpu_run.sh", FOLDER / "build_natten.sh"
-PARTS = ("tests", "memcheck", "racecheck", "tune", "layers", "models", "overhead")
+PARTS = ("tests", "memcheck", "racecheck", "tune", "layers", "video", "models", "overhead")
 
 
 def run_script(*arguments: str, script: Path = SCRIPT, **variables: str) -> subprocess.CompletedProcess:
@@ -51,5 +51,5 @@ def test_a_dry_run_passes_every_part_but_one_whose_result_is_in_the_way(tmp_path
     assert done.returncode == 1, done.stdout
     states = [line.split()[:2] for line in (tmp_path / "table.txt").read_text().splitlines()[-len(PARTS) :]]
     assert states == [[part, "FAILED" if part == "overhead" else "ok,"] for part in PARTS]
-    for name in ("layers", "models"):
+    for name in ("layers", "video", "models"):
         assert any(record.timing for record in Results.load(tmp_path / f"{name}.json").records)

@@ -1,7 +1,10 @@
 """The Triton backend on a GPU: random problems and layers against float64, and everything that only a GPU can show."""
 
+import gc
 import os
 import random
+import weakref
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 
 import dinat_triton as dt
 from dinat_triton import dispatch
+from dinat_triton.bench.layers import graphed
 from dinat_triton.layers import Layer, layers_of
 from tests.oracles import sampling
 from tests.oracles.cases import NA, Case, check, check_narrow, make_case
@@ -72,7 +76,7 @@ def test_every_kernel_once(shape: tuple[int, ...], window: dict[str, Any], dtype
     assert all(x.isfinite().all() for x in (out, *grads))
 
 
-DIMS = [(dim, torch.bfloat16) for dim in (8, 16, 24, 48, 64, 80, 128, 192, 256)]
+DIMS = [(dim, torch.bfloat16) for dim in (8, 12, 16, 24, 40, 48, 64, 80, 128, 192, 256)]
 DIMS += [(dim, torch.float32) for dim in (16, 64, 128, 256)] + [(32, torch.float16)]
 
 
@@ -177,6 +181,17 @@ def test_a_cuda_graph_captures_forward_and_backward(dilation: int) -> None:
     graph.replay()
     for found, expected in zip(captured, both(), strict=True):
         assert torch.equal(found, expected)
+
+
+def test_a_graph_keeps_what_it_reads() -> None:
+    model, x = nn.Linear(16, 16).to(DEVICE), draw(4, 16, dtype=torch.float32)
+    still = weakref.ref(model)
+    calls = [partial(model, x)]
+    replay = graphed(calls.pop)
+    del model
+    gc.collect()
+    replay()
+    assert still() is not None
 
 
 def test_it_is_what_runs_by_default() -> None:
