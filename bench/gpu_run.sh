@@ -58,7 +58,7 @@ part() {
     if [ ${#dry[@]} -gt 0 ]; then seconds=200; fi
     echo "== $name (at most $seconds s)" | tee -a "$out/log.txt"
     from=$(wc -l <"$out/log.txt")
-    timeout --kill-after=5 "$seconds" "$@" >>"$out/log.txt" 2>&1 || code=$?
+    timeout --kill-after=10 "$seconds" "$@" >>"$out/log.txt" 2>&1 || code=$?
     if [ $code -eq 124 ] || [ $code -eq 137 ]; then state="out of time"; elif [ $code -ne 0 ]; then state="FAILED ($code)"; fi
     if [ $code -ne 0 ]; then
         failed=$((failed + 1))
@@ -82,16 +82,16 @@ if [ ${#dry[@]} -gt 0 ]; then
     overhead=(--layers dinat_mini@224:14x14-d2 --seconds 0.01)
 else
     if "$python" -c "import xdist" 2>/dev/null; then workers=(-n 12); fi
-    tune=(--layers dinat_mini@224 --budget 30 --out "$out/tuned.json" --force)
-    layers=(--layers dinat_mini@224 --batch 128 --budget 60)
+    tune=(--layers dinat_mini@224 --budget 70 --out "$out/tuned.json" --force)
+    layers=(--layers dinat_mini@224 --batch 128 --budget 75)
     video=(--layers ltx@decoder --batch 1 --peers)
     models=(--models swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 convnext_tiny dinat_mini dinat_tiny
-        --seconds 0.5 --graph --compile swin_tiny_patch4_window7_224 dinat_tiny --budget 58)
+        --seconds 0.5 --graph --compile swin_tiny_patch4_window7_224 dinat_tiny --budget 60)
     overhead=(--seconds 0.1)
 fi
 where=(--device "$kind")
 
-part tests 120 "${pytest[@]}" "${workers[@]}" tests/gpu
+part tests 75 "${pytest[@]}" "${workers[@]}" tests/gpu
 for tool in memcheck racecheck; do
     # Without the cache every tensor is an allocation of its own, whose ends the sanitizer watches.
     sanitized=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1)
@@ -101,14 +101,14 @@ for tool in memcheck racecheck; do
         skip "$tool" "no compute-sanitizer here"
         continue
     fi
-    part "$tool" 30 "${sanitized[@]}" "${pytest[@]}" tests/gpu -k test_every_kernel_once
+    part "$tool" 20 "${sanitized[@]}" "${pytest[@]}" tests/gpu -k test_every_kernel_once
 done
-part tune 46 "${compiled[@]}" "${command[@]}" tune "${where[@]}" "${tune[@]}"
-part layers 80 "${compiled[@]}" "${command[@]}" bench layers "${where[@]}" "${layers[@]}" --backward \
+part tune 80 "${compiled[@]}" "${command[@]}" tune "${where[@]}" "${tune[@]}"
+part layers 105 "${compiled[@]}" "${command[@]}" bench layers "${where[@]}" "${layers[@]}" --backward \
     --out "$out/layers.json" --force
-part video 30 "${compiled[@]}" "${command[@]}" bench layers "${where[@]}" "${video[@]}" --backward \
+part video 28 "${compiled[@]}" "${command[@]}" bench layers "${where[@]}" "${video[@]}" --backward \
     --out "$out/video.json" --force
-part models 80 "${compiled[@]}" "${command[@]}" bench models "${where[@]}" "${models[@]}" --out "$out/models.json" --force
+part models 90 "${compiled[@]}" "${command[@]}" bench models "${where[@]}" "${models[@]}" --out "$out/models.json" --force
 part overhead 20 "${compiled[@]}" "${command[@]}" bench overhead "${overhead[@]}" --out "$out/overhead.json" --force
 
 echo

@@ -9,12 +9,14 @@ import logging
 import math
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -230,6 +232,18 @@ def elapsed_ms(call: Callable[[], object], device: str = "cpu") -> float:
     call()
     wait()
     return 1e3 * (time.perf_counter() - start)
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Lets Ctrl-C, or a `timeout` around the command, end what is within and no more: what it measured is kept."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("Stopped: what was measured until now is kept.", file=sys.stderr)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # The machine

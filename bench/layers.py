@@ -199,7 +199,10 @@ def run(args: argparse.Namespace) -> Results:
     # On a GPU there is nothing to take turns for: ours comes first everywhere, if the budget ends early.
     groups = [[peer] for peer in turns] if device.type == "cuda" else [turns]
     todo = [(cell, group) for group in groups for cell in cells]
-    records = [record for cell, group in tqdm(todo, "layers", disable=None) for record in bench.measure(cell, group)]
+    records: list[Record] = []
+    with harness.stoppable():
+        for cell, group in tqdm(todo, "layers", disable=None):
+            records += bench.measure(cell, group)
     return Results("layers", environment, records, ceilings)
 
 

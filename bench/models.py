@@ -188,8 +188,9 @@ def run(args: argparse.Namespace) -> Results:
     seconds = args.seconds or SECONDS[device]
     deadline = math.inf if args.budget is None else time.monotonic() + args.budget
     records: list[Record] = []
-    for cases in tqdm(stages, "models", disable=None):
-        records += measure(cases, seconds, deadline, not args.no_memory)
+    with harness.stoppable():
+        for cases in tqdm(stages, "models", disable=None):
+            records += measure(cases, seconds, deadline, not args.no_memory)
     return Results("models", environment, records)
 
 

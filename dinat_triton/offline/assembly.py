@@ -8,7 +8,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -159,40 +158,20 @@ def _amd_code(text: str) -> Code:
     return Code(instructions, loops)
 
 
-def loop_lengths(code: Code, exp: str) -> dict[str, float]:
-    """Exponentials, instructions and exchange of the loop over chunks, and of the loop over batch items around it."""
+def loop_lengths(code: Code, exp: str) -> dict[str, int]:
+    """Exponentials and instructions of the loop over chunks, and of the loop over batch items around it."""
     hits = [i for i, text in enumerate(code.instructions) if re.search(exp, text)]
-    exchanged = [0.0, *accumulate(map(exchange, code.instructions))]
 
     def count(loop: tuple[int, int]) -> int:
         return sum(loop[0] <= i <= loop[1] for i in hits)
 
-    def size(loop: tuple[int, int]) -> tuple[int, float]:
-        return loop[1] + 1 - loop[0], exchanged[loop[1] + 1] - exchanged[loop[0]]
+    def length(loop: tuple[int, int]) -> int:
+        return loop[1] + 1 - loop[0]
 
     # Two branches back to the same place are one loop.
     last = {first: max(end for start, end in code.loops if start == first) for first, _ in code.loops}
-    loops = sorted((loop for loop in last.items() if count(loop)), key=lambda loop: loop[1] - loop[0])
+    loops = sorted((loop for loop in last.items() if count(loop)), key=length)
     inner = loops[0] if loops else (0, len(code.instructions) - 1)
     around = [loop for loop in loops[1:] if loop[0] <= inner[0] and inner[1] <= loop[1]]
-    length, moved = size(inner)
-    outer_length, outer_moved = size(around[0]) if around else (length, moved)
-    return {
-        "exps": count(inner),
-        "chunk_length": length,
-        "item_length": outer_length - length,
-        "chunk_exchange": moved,
-        "item_exchange": outer_moved - moved,
-    }
-
-
-def exchange(instruction: str) -> float:
-    """Bytes that a warp's instruction moves between its registers or matrix unit and shared memory; NVIDIA's alone."""
-    if product := re.search(r"\bHGMMA\.64x(\d+)x\d+\S* R\d+, (R|gdesc)", instruction):
-        # Of each row and column 32 bytes, for four warps; the rows may come from registers.
-        return (int(product[1]) + (64 if product[2] == "gdesc" else 0)) * 32 / 4
-    if matrices := re.search(r"\b(?:LDSM|STSM)\.\S*?88(?:\.([24]))?\b", instruction):
-        return 128 * int(matrices[1] or 1)
-    if word := re.search(r"\b(?:LDS|STS)(?:\.(64|128))?\b", instruction):
-        return 4 * int(word[1] or 32)
-    return 0
+    outer = around[0] if around else inner
+    return {"exps": count(inner), "chunk_length": length(inner), "item_length": length(outer) - length(inner)}

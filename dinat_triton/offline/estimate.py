@@ -1,13 +1,16 @@
 """Estimates of layers on a GPU that is not there: the work of their plans over the GPU's rates.
 
-Limits near each other slow each other down: times combine them by their fourth powers. That is a model, good for what
-binds and for which config needs less of it; only a GPU tells times.
+Limits near each other slow each other down: times combine them by a power between a sum and a maximum. It and the
+cycles below fit 384 kernels of DiNAT-Mini and of a video model on an H200 within a factor of 1.19 in the mean
+(bench/results/nvidia-h200/configs.json). That is a model, good for what binds and for which config needs less of it;
+only a GPU tells times.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -20,8 +23,10 @@ from dinat_triton.offline.targets import Target
 from dinat_triton.plan import Plan
 from dinat_triton.work import BACKWARD, FORWARD, TRAFFIC, Sweep, Work
 
-# Cycles, much alike on all GPUs: a load that misses L1, one that hits it, a product or a softmax and what waits for it.
-LOAD, INDEX, COMPUTE = 700, 250, 250
+# Cycles: a load that nothing hides; a product or a softmax and what waits for it; an item before its first chunk; a
+# program before its first item.
+LOAD, COMPUTE, ITEM, PROGRAM = 1300, 160, 1500, 5000
+TOGETHER = 1.5
 
 
 CHUNKED = ("forward", "query_backward", "key_backward")
@@ -39,10 +44,6 @@ class Step:
     @property
     def backward(self) -> bool:
         return self.name != "forward"
-
-    @property
-    def reads_table(self) -> bool:
-        return self.walks_chunks and self.layer.has_bias
 
     @property
     def walks_chunks(self) -> bool:
@@ -71,26 +72,28 @@ class Step:
         sweep, options, constants = self.sweep, self.variant.options, self.variant.constants
         traffic, cost = sweep.traffic, sweep.cost
         loaded = (traffic.rows * cost.queries + traffic.columns * cost.col_loads) * sweep.token_bytes
-        table = 4 * sweep.exps if self.reads_table else 0
         warps = options["num_warps"]
         steps = sweep.exps / (constants["ROWS"] * constants["CHUNK"])
         tiles = self.schedule.layout.plan.num_tiles * self.layer.maps
         items = tiles if self.walks_chunks else 0  # else a step is an item's only one
         instructions = steps * report.chunk_length + items * report.item_length
-        exchanged = warps * (steps * report.chunk_exchange + items * report.item_exchange)
-        # What a program waits for in one step; a pipeline loads ahead, all but the indices.
-        wait = (traffic.products + 1) * COMPUTE + (LOAD if options["num_stages"] == 1 else 0)
-        wait += INDEX if self.walks_chunks else 0
+        cycles = steps * self._wait() + items * ITEM + prod(self.schedule.grid) * PROGRAM
         return {
             "memory": (sweep.bytes + self._partials()) / target.memory,
             "L2": loaded / target.cache,
-            # Shared memory is a part of it.
-            "L1": (loaded + table + exchanged) / target.nearest_cache,
             "products": sweep.flops / (target.products if self.itemsize == 2 else target.products32),
             "exps": steps * report.exps * warps * target.warp / target.exps,
             "issue": warps * instructions / target.issues,
-            "latency": steps * wait / (max(1, report.programs) * target.multiprocessors * target.clock),
+            "latency": cycles / (max(1, report.programs) * target.multiprocessors * target.clock),
         }
+
+    def _wait(self) -> int:
+        """Cycles of one step in which a program waits.
+
+        Triton issues a round's loads behind the computation before, so those of the next round hide behind nothing.
+        """
+        rounds_ahead = (self.variant.options["num_stages"] - 1) // (2 if self.walks_chunks else 1)
+        return (self.sweep.traffic.products + 1) * COMPUTE + (LOAD if rounds_ahead < 2 else 0)
 
     def _partials(self) -> int:
         """Bytes of bias gradients that programs write, and that are read back to be summed."""
@@ -117,7 +120,7 @@ def record(
 
 
 def combined(limits: Iterable[float]) -> float:
-    return sum(each**4 for each in limits) ** 0.25
+    return sum(each**TOGETHER for each in limits) ** (1 / TOGETHER)
 
 
 def estimate(steps: list[Step], reports: Mapping[KernelVariant, Report], target: Target) -> list[dict[str, Any]]:

@@ -163,8 +163,6 @@ class Report:
         loads: Loads from global memory by their width in bytes.
         chunk_length: Instructions of the innermost loop with exponentials.
         item_length: Instructions of the loop around it, without it; 0 if that is all there is.
-        chunk_exchange: Bytes that the innermost loop moves between a warp or its matrix unit and shared memory.
-        item_exchange: The same of the loop around it.
         programs: Programs that fit a multiprocessor.
         unset: Registers that are read where nothing has written them.
     """
@@ -180,8 +178,6 @@ class Report:
     loads: dict[int, int]
     chunk_length: int
     item_length: int
-    chunk_exchange: float
-    item_exchange: float
     programs: int
     unset: list[str] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)

@@ -26,7 +26,6 @@ class Target:
         products: 16-bit matrix FLOP/s.
         products32: The same in float32, without matrix units.
         exps_per_clock: Base-2 exponentials of a multiprocessor.
-        nearest_per_clock: Bytes of its L1 cache.
         issues_per_clock: Its instructions, of a warp each.
         device: The name of a GPU that is here.
     """
@@ -43,7 +42,6 @@ class Target:
     products: float
     products32: float
     exps_per_clock: int = 16
-    nearest_per_clock: int = 128
     issues_per_clock: int = 4
     registers: int = 65536
     device: str = ""
@@ -59,11 +57,6 @@ class Target:
     @property
     def exps(self) -> float:
         return self.multiprocessors * self.exps_per_clock * self.clock
-
-    @property
-    def nearest_cache(self) -> float:
-        """Bytes per second out of all L1 caches."""
-        return self.multiprocessors * self.nearest_per_clock * self.clock
 
     @property
     def issues(self) -> float:
@@ -103,7 +96,7 @@ TARGETS = {
         Target("sm_120", "RTX 5090", 170, 99 * KIB, 100 * KIB, 1536, 2.41 * GIGA, 1.6 * TERA, 5.0 * TERA, 210 * TERA,
                105 * TERA),
         Target("gfx942", "MI300X", 304, 64 * KIB, 64 * KIB, 2048, 2.10 * GIGA, 4.3 * TERA, 9.0 * TERA, 1300 * TERA,
-               163 * TERA, nearest_per_clock=64, registers=131072),
+               163 * TERA, registers=131072),
         Target("gfx1100", "RX 7900 XTX", 96, 64 * KIB, 64 * KIB, 1536, 2.50 * GIGA, 0.86 * TERA, 3.0 * TERA, 122 * TERA,
                61 * TERA, issues_per_clock=2, registers=98304),
     )

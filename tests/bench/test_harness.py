@@ -1,6 +1,9 @@
 """One schema for all results: what is written can be read again, and nothing else is taken for it."""
 
 import json
+import os
+import signal
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -52,3 +55,15 @@ def test_calls_take_turns_until_each_had_its_time() -> None:
     assert turns >= 4  # of twelve
     # The first call of each turn only warms the caches.
     assert sum(timing.calls for timing in timings.values()) <= len(order) - turns // 2
+
+
+def test_what_was_measured_until_a_stop_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    handler, measured = signal.getsignal(signal.SIGTERM), []
+    with harness.stoppable():
+        measured.append("first")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+        measured.append("second")
+    assert measured == ["first"]
+    assert "is kept" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is handler

@@ -43,7 +43,7 @@ def compiler(judge: Callable[[KernelVariant], dict[str, object]] = lambda varian
         fields = {
             "variant": variant, "target": TARGET.name, "registers": 64, "spills": 0, "shared": 1024, "matrix": {},
             "exps": 16, "expected_exps": 16.0, "loads": {16: 1}, "chunk_length": 100, "item_length": 100,
-            "chunk_exchange": 0, "item_exchange": 0, "programs": 8,
+            "programs": 8,
         }  # fmt: skip
         future: Future = Future()
         future.set_result(Report(**(fields | judge(variant))))
