@@ -135,7 +135,7 @@ def _target(name: str, operands: Sequence[str]) -> int:
 
 def _uniform(name: str, operand: str, operands: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Uniform registers of an operand: the first and their number."""
-    for kind, number in re.findall(r"(gdesc\[|desc\[|)UR(\d+)", operand):
+    for kind, number in re.findall(r"(gdesc\[|\bdesc\[|)UR(\d+)", operand):
         first = int(number)
         if kind == "gdesc[" and name.startswith("HGMMA"):  # descriptors of rows, which may be in registers, and columns
             yield (first + 2, 2) if operands[1].startswith("R") else (first, 4)
