@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from dinat_triton import ops, tiled  # noqa: F401  (ops defines what is counted)
 from dinat_triton.geometry import Geometry, geometry_of
 from dinat_triton.map_batch import map_batch_of
+from dinat_triton.passes import BIAS, TRAFFIC, Pass
 from dinat_triton.plan import Plan
 
 
@@ -31,8 +32,9 @@ class Dims:
     dim: int
     value_dim: int
 
-    def flops(self, scores: int, over_dim: int, over_value_dim: int) -> int:
-        """Operations of so many products over the channels of keys and of values, for so many scores of one map."""
+    def flops(self, scores: int, form: str) -> int:
+        """Operations of a form of a pass, for so many scores of one map."""
+        over_dim, over_value_dim = TRAFFIC[form].products
         return 2 * self.batch * self.heads * scores * (over_dim * self.dim + over_value_dim * self.value_dim)
 
 
@@ -49,7 +51,7 @@ def dims_of(shapes: list[torch.Size], window: list[int], sizes: list[int] | None
 @register_flop_formula(torch.ops.dinat_triton.fused)
 def useful(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend, sizes=None, **others) -> int:
     """The forward, as it is defined."""
-    return sum(dims.flops(dims.geometry.num_pairs, 1, 1) for dims in dims_of(qkv, window, sizes))
+    return sum(dims.flops(dims.geometry.num_pairs, Pass.FORWARD) for dims in dims_of(qkv, window, sizes))
 
 
 @register_flop_formula(torch.ops.dinat_triton.fused_backward)
@@ -57,17 +59,7 @@ def useful_backward(
     qkv, rpb, seed, out, lse, grad_out, grad_lse, window, scale, dropout_p, backend, sizes=None, wanted=None, **others
 ) -> int:
     """The backward, as it is defined, whichever gradients are wanted."""
-    return sum(dims.flops(dims.geometry.num_pairs, 3, 2) for dims in dims_of(qkv, window, sizes))
-
-
-# Products over channels of keys and of values, by the form of a kernel.
-PRODUCTS = {
-    "forward": (1, 1),
-    "closed_backward": (3, 2),
-    "query_backward": (2, 1),
-    "query_backward bias": (1, 1),  # a pass of its own for the gradient of the bias
-    "key_backward": (2, 2),
-}
+    return sum(dims.flops(dims.geometry.num_pairs, Pass.CLOSED_BACKWARD) for dims in dims_of(qkv, window, sizes))
 
 
 def evaluated(qkv, rpb, seed, window, scale, dropout_p, need_lse, backend, sizes=None, **others) -> int:
@@ -88,29 +80,28 @@ def _evaluated(dims: Dims, query: Tensor, has_bias: bool, backend: str, is_backw
     if backend == "tiled":
         tile = tiled.choose_tile(dims.geometry, dims.batch, dims.heads, query.dtype, query.device.type)
         scores = Plan(dims.geometry, tile).cost().scores
-        return dims.flops(scores, *PRODUCTS["closed_backward" if is_backward else "forward"])
-    sweeps = _kernel_sweeps(dims, query, has_bias, is_backward)
-    return sum(dims.flops(plan.cost().scores, *products) for plan, products in sweeps)
+        return dims.flops(scores, Pass.CLOSED_BACKWARD if is_backward else Pass.FORWARD)
+    launches = _launches(dims, query, has_bias, is_backward)
+    return sum(dims.flops(plan.cost().scores, form) for plan, form in launches)
 
 
-def _kernel_sweeps(
-    dims: Dims, query: Tensor, has_bias: bool, is_backward: bool
-) -> Iterator[tuple[Plan, tuple[int, int]]]:
-    """The plan of every launch of the Triton kernels, and its products."""
+def _launches(dims: Dims, query: Tensor, has_bias: bool, is_backward: bool) -> Iterator[tuple[Plan, str]]:
+    """The plan of every launch of the Triton kernels, and the form of its pass."""
     from dinat_triton.kernels.schedule import has_closed_backward, plan_of, problem_of
 
     counts = (dims.batch, dims.heads, dims.kv_heads, dims.dim, dims.value_dim)
     tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     problem = problem_of(dims.geometry, *counts, query.dtype, query.device, has_bias, tf32)
-    names: tuple[str, ...] = ("forward",)
+    passes: tuple[Pass, ...] = (Pass.FORWARD,)
     if is_backward:
-        names = ("closed_backward",) if has_closed_backward(problem) else ("query_backward", "key_backward")
-    for name in names:
-        plan = plan_of(problem, name)
+        general = (Pass.QUERY_BACKWARD, Pass.KEY_BACKWARD)
+        passes = (Pass.CLOSED_BACKWARD,) if has_closed_backward(problem) else general
+    for pass_ in passes:
+        plan = plan_of(problem, pass_)
         assert isinstance(plan, Plan)  # of one geometry
-        yield plan, PRODUCTS[name]
-        if name == "query_backward" and has_bias and plan.largest[1] > plan.chunk:
-            yield plan, PRODUCTS["query_backward bias"]
+        yield plan, pass_
+        if pass_ == Pass.QUERY_BACKWARD and has_bias and plan.largest[1] > plan.chunk:
+            yield plan, BIAS
 
 
 EVALUATED = {torch.ops.dinat_triton.fused: evaluated, torch.ops.dinat_triton.fused_backward: evaluated_backward}

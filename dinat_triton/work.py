@@ -12,36 +12,18 @@ from dataclasses import dataclass
 
 import torch
 
-from dinat_triton.flops import PRODUCTS
 from dinat_triton.layers import Layer
+from dinat_triton.passes import Traffic
 from dinat_triton.plan import Cost, Plan
 from dinat_triton.tiled import choose_tile
 
-FORWARD, BACKWARD, FORWARD_BACKWARD = PASSES = ("forward", "backward", "forward+backward")
+FORWARD, BACKWARD, FORWARD_BACKWARD = TIMED = ("forward", "backward", "forward+backward")
 LIMITS = ("memory", "products", "exps")
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """Tensors of rows and of columns that a sweep moves, float32 numbers per row, and its matrix products per score."""
-
-    rows: int
-    columns: int
-    numbers: int
-    products: int
-
-
-# Query, key, value and output; and the gradients of all four, with the scores computed anew.
-NEEDED = {FORWARD: Traffic(2, 2, 0, 2), BACKWARD: Traffic(3, 4, 0, 5)}
-# The kernels in their forms. `tiled` moves what is needed: its backward reads neither the output nor its sums.
-TRAFFIC = {
-    "forward": Traffic(2, 2, 1, sum(PRODUCTS["forward"])),
-    "closed_backward": Traffic(3, 4, 1, sum(PRODUCTS["closed_backward"])),
-    "query_backward": Traffic(3, 2, 3, sum(PRODUCTS["query_backward"])),
-    "query_backward chunks": Traffic(4, 2, 3, sum(PRODUCTS["query_backward"])),
-    "query_backward bias": Traffic(2, 2, 2, sum(PRODUCTS["query_backward bias"])),
-    "key_backward": Traffic(4, 2, 2, sum(PRODUCTS["key_backward"])),
-}
+# Query, key, value and output; and the gradients of all four, with the scores computed anew. `tiled` moves just that:
+# its backward reads neither the output nor its sums.
+NEEDED = {FORWARD: Traffic(2, 2, 0, (1, 1)), BACKWARD: Traffic(3, 4, 0, (3, 2))}
 
 
 @dataclass(frozen=True)
@@ -69,7 +51,7 @@ class Sweep:
 
     @property
     def flops(self) -> int:
-        return 2 * self.traffic.products * self.exps * self.layer.dim
+        return 2 * sum(self.traffic.products) * self.exps * self.layer.dim
 
 
 @dataclass(frozen=True)
@@ -94,7 +76,7 @@ class Work:
         return cls(
             useful_scores=cost.useful_per_query,
             scores=cost.scores_per_query,
-            useful_flops=sum(2 * traffic.products * pairs * layer.dim for traffic in needed),
+            useful_flops=sum(2 * sum(traffic.products) * pairs * layer.dim for traffic in needed),
             useful_bytes=sum((traffic.rows + traffic.columns) * cost.queries * first.token_bytes for traffic in needed),
             useful_exps=len(needed) * pairs,
             flops=sum(sweep.flops for sweep in sweeps),

@@ -26,6 +26,7 @@ import triton
 from dinat_triton import store
 from dinat_triton.candidates import Candidates
 from dinat_triton.geometry import Geometry
+from dinat_triton.passes import Pass
 from dinat_triton.plan import Plan
 
 TABLES = Path(__file__).parent / "tuned"
@@ -38,7 +39,6 @@ SOURCES = (
 )
 # Architectures whose kernels differ from another's in the shared memory that they may use alone share its table.
 LIKE = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_120": "sm_80"}
-PASSES = ("forward", "closed_backward", "query_backward", "key_backward")
 # One loaded token of one head weighs as much as this many scores per channel byte: the cache's bandwidth against the
 # rate of exponentials, on the data-center GPUs alike.
 SCORES_PER_BYTE = 1.4
@@ -102,7 +102,7 @@ class Preset:
 
     Attributes:
         architecture: The GPU; by default that of the tensors.
-        configs: One for each of PASSES; by default those of the tables.
+        configs: One for each Pass; by default those of the tables.
     """
 
     architecture: Architecture | None = None
@@ -121,19 +121,19 @@ def architecture_of(device: torch.device) -> Architecture:
     return Architecture(name, shared, properties.multi_processor_count, properties.name)
 
 
-def rule(name: str, dim: int, bits: int, biased: bool = True) -> Config:
+def rule(pass_: Pass, dim: int, bits: int, biased: bool = True) -> Config:
     """A config that fits every GPU that Triton knows: small tiles, little shared memory, no spills.
 
     Args:
-        name: The pass, one of PASSES.
+        pass_: What it is for.
         dim: The larger of the head dims, padded to a power of two.
         bits: Width of the dtype.
         biased: Whether there is a bias, whose gradient queries would have to hold.
     """
-    wide = bits == 32 or dim > (32 if name == "closed_backward" else 64)
+    wide = bits == 32 or dim > (32 if pass_ == Pass.CLOSED_BACKWARD else 64)
     chunk = 16 if bits * dim > 4096 else 32
     # With fewer channels than rows Triton would lay warps along the rows, of which there are too few.
-    if name == "query_backward" and biased and dim > 16:
+    if pass_ == Pass.QUERY_BACKWARD and biased and dim > 16:
         return Config(rows=16, chunk=chunk if wide else 128, one_chunk=chunk if wide else 128, stages=1)
     return Config(rows=16 if wide else 64, chunk=chunk, one_chunk=chunk if wide else 64, stages=1)
 
@@ -143,20 +143,20 @@ def shared_memory(dim: int, bits: int, is_amd: bool) -> int:
 
     NVIDIA's holds two tiles of rows and two of columns, one of them in two orders; AMD's moves one at a time.
     """
-    config = rule("key_backward", dim, bits)
+    config = rule(Pass.KEY_BACKWARD, dim, bits)
     tokens = max(config.rows, config.chunk) if is_amd else 2 * config.rows + 3 * config.chunk
     return tokens * dim * bits // 8
 
 
 @lru_cache(maxsize=512)
 def choose_config(
-    name: str, dim: int, bits: int, architecture: str, device: str = "", geometry: Geometry | None = None,
+    pass_: Pass, dim: int, bits: int, architecture: str, device: str = "", geometry: Geometry | None = None,
     maps: int = 1, biased: bool = True, closed: bool = False,
 ) -> Config:  # fmt: skip
     """The config of a pass: the user's, or the shipped one, or the rule's.
 
     Args:
-        name: The pass, one of PASSES.
+        pass_: What it is for.
         dim: The larger of the head dims, padded to a power of two.
         bits: Width of the dtype.
         architecture: sm_90, gfx942, ...
@@ -166,21 +166,21 @@ def choose_config(
         biased: Whether there is a bias.
         closed: Whether tiles are closed, which a geometry tells.
     """
-    key = table_key(name, dim, bits, biased)
+    key = table_key(pass_, dim, bits, biased)
     own_key = None if geometry is None else f"{key}/{store.geometry_key(geometry)}"
-    closed_key = table_key(name, dim, bits, biased, closed or (geometry is not None and is_closed(geometry)))
+    closed_key = table_key(pass_, dim, bits, biased, closed or (geometry is not None and is_closed(geometry)))
     for table in (load_user_table(device), load_user_table(architecture), load_table(architecture)):
         own = None if own_key is None else store.nearest(table, own_key, maps)
         found = own or table.get(closed_key) or table.get(key)
         if found is not None:
             return found
-    return rule(name, dim, bits, biased)
+    return rule(pass_, dim, bits, biased)
 
 
-def table_key(name: str, dim: int, bits: int, biased: bool = True, closed: bool = False) -> str:
+def table_key(pass_: Pass, dim: int, bits: int, biased: bool = True, closed: bool = False) -> str:
     """Where tables keep the config of a pass. A backward over closed tiles is a pass of its own."""
-    kind = "/closed" if closed and name == "forward" else ""
-    return f"{name}/{dim}/{bits}" + ("" if biased else "/unbiased") + kind
+    kind = "/closed" if closed and pass_ == Pass.FORWARD else ""
+    return f"{pass_}/{dim}/{bits}" + ("" if biased else "/unbiased") + kind
 
 
 def is_closed(geometry: Geometry) -> bool:

@@ -34,6 +34,7 @@ from dinat_triton.kernels.schedule import (
     schedule_of,
 )
 from dinat_triton.map_batch import MapBatch
+from dinat_triton.passes import Pass
 
 # What Triton knows addresses to be a multiple of in bytes, and strides and channels in numbers, for wide loads.
 ALIGNMENT = 16
@@ -125,7 +126,7 @@ def _prepare_forward(
     """The forward's launch. `places` are those of query, key and value."""
     places, uneven = _even(places)
     problem = _problem(geometry, places, dtype, device, rpb_dtype is not None, tf32, preset)
-    schedule = schedule_of(problem, "forward")
+    schedule = schedule_of(problem, Pass.FORWARD)
     table = _table(problem, schedule) if rpb_dtype is not None and not schedule.one_chunk else None
     return Forward(_launch(forward_kernel, problem, schedule, places, table, ONE_CHUNK=schedule.one_chunk), uneven)
 
@@ -144,16 +145,16 @@ def _prepare_backward(
     problem = _problem(geometry, places, dtype, device, rpb_dtype is not None, tf32, preset)
     has_bias, wants_bias = rpb_dtype is not None, wanted[3]
     if has_closed_backward(problem):
-        schedule = schedule_of(problem, "closed_backward")
+        schedule = schedule_of(problem, Pass.CLOSED_BACKWARD)
         of_kernel = (*places[:3], *places[4:], places[3])
         launches: dict[str, tuple[Launch, ...]] = {
             "closed": (_launch(closed_backward_kernel, problem, schedule, of_kernel),)
         }
     else:
-        schedule = schedule_of(problem, "query_backward")
+        schedule = schedule_of(problem, Pass.QUERY_BACKWARD)
         launches = {"queries": tuple(_query_launches(problem, schedule, places, has_bias, wants_bias))}
         if wanted[1] or wanted[2]:
-            keys = schedule_of(problem, "key_backward")
+            keys = schedule_of(problem, Pass.KEY_BACKWARD)
             launches["keys"] = (_key_launch(problem, keys, places, has_bias),)
     programs, splits = schedule.grid
     folds = _folds(problem, schedule) if wants_bias else None

@@ -12,7 +12,6 @@ import triton
 from dinat_triton.geometry import Geometry
 from dinat_triton.kernels.configs import (
     ALL_REGISTERS,
-    PASSES,
     Architecture,
     Config,
     Preset,
@@ -24,6 +23,7 @@ from dinat_triton.kernels.configs import (
 from dinat_triton.kernels.layout import Layout, layout_of
 from dinat_triton.kernels.map_plans import MapPlans, choose_plans
 from dinat_triton.map_batch import MapBatch
+from dinat_triton.passes import Pass
 from dinat_triton.plan import Plan
 
 # Multiply and add in one instruction; what Triton does by default differs from version to version.
@@ -46,7 +46,7 @@ class Problem:
     biased: bool
     precision: str  # of float32 products
     wide: bool  # token addresses within a batch item need 64 bits
-    configs: tuple[Config, ...]  # of PASSES; empty to take those of the tables
+    configs: tuple[Config, ...]  # one for each Pass; empty to take those of the tables
 
     @property
     def bits(self) -> int:
@@ -83,29 +83,27 @@ def problem_of(
     return Problem(geometry, *sizes, dtype, device, architecture, biased, precision, wide, preset.configs)
 
 
-def config_of(problem: Problem, name: str) -> Config:
+def config_of(problem: Problem, pass_: Pass) -> Config:
     if problem.configs:
-        return problem.configs[PASSES.index(name)]
+        return problem.configs[list(Pass).index(pass_)]
     architecture, geometry, maps = problem.architecture, problem.geometry, problem.batch
     if isinstance(geometry, MapBatch):
         maps, geometry = len(geometry.geometries), geometry.largest
-    return choose_config(
-        name, max(padded(problem.dim), padded(problem.value_dim)), problem.bits, architecture.name, architecture.device,
-        geometry, maps * problem.heads, problem.biased,
-    )  # fmt: skip
+    dim, gpu = max(padded(problem.dim), padded(problem.value_dim)), (architecture.name, architecture.device)
+    return choose_config(pass_, dim, problem.bits, *gpu, geometry, maps * problem.heads, problem.biased)
 
 
-def plan_of(problem: Problem, name: str) -> Plan | MapPlans:
-    geometry, config, token_bytes = problem.geometry, config_of(problem, name), problem.dim * problem.bits // 8
+def plan_of(problem: Problem, pass_: Pass) -> Plan | MapPlans:
+    geometry, config, token_bytes = problem.geometry, config_of(problem, pass_), problem.dim * problem.bits // 8
     if isinstance(geometry, MapBatch):
-        return choose_plans(geometry, config, token_bytes, name == "key_backward")
-    return choose_plan(geometry, config, token_bytes, name == "key_backward")
+        return choose_plans(geometry, config, token_bytes, pass_.over_keys)
+    return choose_plan(geometry, config, token_bytes, pass_.over_keys)
 
 
-def schedule_of(problem: Problem, name: str) -> Schedule:
+def schedule_of(problem: Problem, pass_: Pass) -> Schedule:
     """Shares a problem's work out among programs: over the batch first, then over tiles of one class."""
-    architecture, config, plan = problem.architecture, config_of(problem, name), plan_of(problem, name)
-    heads = problem.kv_heads if name == "key_backward" else problem.heads
+    architecture, config, plan = problem.architecture, config_of(problem, pass_), plan_of(problem, pass_)
+    heads = problem.kv_heads if pass_.over_keys else problem.heads
     work = plan.num_tiles * heads * problem.batch
     items = max(1, work // (config.programs * architecture.multiprocessors))  # tiles of one batch item, per program
     batch_step = min(items, problem.batch)
@@ -146,10 +144,10 @@ def has_closed_backward(problem: Problem) -> bool:
     """Whether one pass does the whole backward: no two tiles share a key, and no two heads do."""
     if problem.heads != problem.kv_heads:
         return False
-    geometry, config = problem.geometry, config_of(problem, "closed_backward")
+    geometry, config = problem.geometry, config_of(problem, Pass.CLOSED_BACKWARD)
     geometries = geometry.geometries if isinstance(geometry, MapBatch) else (geometry,)
     columns = max(prod(axis.closed_columns for axis in each.axes) for each in geometries)
     if columns > max(config.chunk, config.one_chunk):
         return False
-    plan = plan_of(problem, "closed_backward")
+    plan = plan_of(problem, Pass.CLOSED_BACKWARD)
     return plan.largest[1] <= plan.chunk and plan.is_closed

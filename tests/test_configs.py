@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ import torch
 from dinat_triton import store
 from dinat_triton.geometry import Geometry
 from dinat_triton.kernels import configs, schedule
-from dinat_triton.kernels.configs import PASSES, Architecture, Config, Preset, choose_config, rule
+from dinat_triton.kernels.configs import Architecture, Config, Preset, choose_config, rule
 from dinat_triton.layers import layers_of
 from dinat_triton.offline.targets import TARGETS
+from dinat_triton.passes import Pass
 
 GEOMETRY = Geometry((56, 56), (7,), (8,))
 OTHER = Geometry((56, 56), (7,), (1,))
@@ -39,35 +41,26 @@ def test_a_corrupt_table_is_named_and_ignored(text: str, tables: Path) -> None:
 def test_the_user_goes_before_what_ships_and_the_exact_before_the_general(
     tables: Path, forget_tuned: Callable[[], None]
 ) -> None:
-    exact, chosen = "forward/32/16/56x56-k7x7-d8x8/256", []
+    general, exact = "forward/32/16", "forward/32/16/56x56-k7x7-d8x8/256"
 
-    def ship(chunks: dict[str, int]) -> None:
-        shipped = {key: asdict(Config(chunk=n)) for key, n in chunks.items()}
-        (tables / "sm_77.json").write_text(json.dumps({"configs": shipped}))
-
-    def write(device: str, chunks: dict[str, int]) -> None:
-        configs.user_table(device).update({key: asdict(Config(chunk=n)) for key, n in chunks.items()})
-
-    def choose(geometry: Geometry | None = GEOMETRY, maps: int = 256) -> int:
+    def choose(
+        geometry: Geometry | None = GEOMETRY, maps: int = 256, device: str = "Some GPU", dim: int = 32
+    ) -> Config:
         forget_tuned()
-        return choose_config("forward", 32, 16, "sm_77", "Some GPU", geometry, maps).chunk
+        return choose_config("forward", dim, 16, "sm_77", device, geometry, maps)
 
-    assert choose() == rule("forward", 32, 16).chunk == 32
-    for step in (
-        lambda: ship({"forward/32/16": 16}),
-        lambda: ship({"forward/32/16": 16, exact: 64}),
-        lambda: write("sm_77", {"forward/32/16": 128}),
-        lambda: write("sm_77", {exact: 256}),
-        lambda: write("Some GPU", {"forward/32/16": 512}),
-        lambda: write("Some GPU", {exact: 1024}),
-    ):
-        step()
-        chosen.append(choose())
-    assert chosen == [16, 64, 128, 256, 512, 1024]
-    assert choose(OTHER) == choose(None) == choose(GEOMETRY, maps=2048) == 512
-    assert choose(GEOMETRY, maps=1024) == choose(GEOMETRY, maps=64) == 1024
-    assert choose_config("forward", 64, 16, "sm_77", "Some GPU", GEOMETRY, 256) == rule("forward", 64, 16)
-    assert choose_config("forward", 32, 16, "sm_77", "Another GPU", GEOMETRY, 256).chunk == 256
+    assert choose() == rule("forward", 32, 16)
+    for chunk, (device, key) in enumerate(product((None, "sm_77", "Some GPU"), (general, exact)), 4):
+        entry = {key: asdict(Config(chunk=2**chunk))}
+        if device:
+            configs.user_table(device).update(entry)
+        else:
+            (tables / "sm_77.json").write_text(json.dumps({"configs": {general: asdict(Config(chunk=16))} | entry}))
+        assert choose().chunk == 2**chunk
+    assert {choose(*other).chunk for other in ((OTHER,), (None,), (GEOMETRY, 2048))} == {256}
+    assert choose(maps=1024) == choose(maps=64) == Config(chunk=512)
+    assert choose(dim=64) == rule("forward", 64, 16)
+    assert choose(device="Another GPU").chunk == 128
 
 
 @pytest.mark.parametrize(("name", "bound"), [("sm_90", 168), ("gfx942", None)])
@@ -75,9 +68,9 @@ def test_launches_ask_for_their_own_config_and_registers_bind_nvidias_compiler(
     name: str, bound: int | None, tables: Path
 ) -> None:
     def scheduled(geometry: Geometry, *own: Config) -> schedule.Schedule:
-        preset = Preset(Architecture(name, 99 << 10, 20, "Some GPU"), own * len(PASSES))
+        preset = Preset(Architecture(name, 99 << 10, 20, "Some GPU"), own * len(Pass))
         sizes = (4, 2, 2, 32, 32, torch.bfloat16, torch.device("cpu"))
-        return schedule.schedule_of(schedule.problem_of(geometry, *sizes, preset=preset), "forward")
+        return schedule.schedule_of(schedule.problem_of(geometry, *sizes, preset=preset), Pass.FORWARD)
 
     configs.user_table("Some GPU").update({"forward/32/16/56x56-k7x7-d1x1/8": asdict(Config(rows=16))})
     assert scheduled(OTHER).layout.row_slots == 16
@@ -89,14 +82,11 @@ def test_launches_ask_for_their_own_config_and_registers_bind_nvidias_compiler(
 @pytest.mark.parametrize("path", sorted(configs.TABLES.glob("*.json")), ids=lambda path: path.stem)
 def test_shipped_tables_hold_only_what_differs_from_the_rule(path: Path) -> None:
     assert path.stem in TARGETS
+    assert all((store.PACKAGE / name).is_file() for name in configs.SOURCES)
     for key, entry in json.loads(path.read_text())["configs"].items():
         name, dim, bits, *of = key.split("/")
-        assert name in PASSES
+        assert name in list(Pass)
         assert of not in ([], ["unbiased"]) or Config(**entry) != rule(name, int(dim), int(bits), biased=not of), key
-
-
-def test_tables_are_of_sources_that_exist() -> None:
-    assert all((store.PACKAGE / name).is_file() for name in configs.SOURCES)
 
 
 @pytest.mark.parametrize("changed", [{"rows": 0}, {"chunk": 24}, {"warps": 3}, {"stages": True}, {"programs": 1.5}])

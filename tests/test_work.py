@@ -10,37 +10,31 @@ from dinat_triton.layers import Layer, layers_of
 from dinat_triton.offline.targets import find_target
 from dinat_triton.plan import Plan
 from dinat_triton.tiled import choose_tile
-from dinat_triton.work import BACKWARD, FORWARD, FORWARD_BACKWARD, LIMITS, PASSES, Ceilings, Work, tiled_work
+from dinat_triton.work import BACKWARD, FORWARD, FORWARD_BACKWARD, LIMITS, Ceilings, Work, tiled_work
 
 RAGGED = Layer("ragged", (9, 11), 2, (2, 1), kernel_size=(3, 5), dim=8, batch=3)
 CEILINGS = Ceilings("measured", "a machine", 1e10, {"float32": 1e11, "bfloat16": 1e12}, 1e9)
 
 
 @pytest.mark.parametrize(
-    ("pass_", "products", "tensors"), [(FORWARD, 2, 4), (BACKWARD, 5, 7), (FORWARD_BACKWARD, 7, 11)]
+    ("pass_", "products", "exps", "tensors"), [(FORWARD, 2, 1, 4), (BACKWARD, 5, 1, 7), (FORWARD_BACKWARD, 7, 2, 11)]
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_useful_work_is_what_the_definition_asks_for(
-    pass_: str, products: int, tensors: int, dtype: torch.dtype
+@pytest.mark.parametrize("layer", [RAGGED, *layers_of("dinat_mini@224")], ids=str)
+def test_useful_work_is_what_the_definition_asks_for_and_evaluated_work_that_of_the_tiles(
+    layer: Layer, pass_: str, products: int, exps: int, tensors: int
 ) -> None:
-    found, pairs = tiled_work(RAGGED, pass_, dtype), 3 * 2 * RAGGED.geometry.num_pairs
-    assert found.useful_flops == 2 * products * pairs * 8
-    assert found.useful_exps == pairs * (2 if pass_ == FORWARD_BACKWARD else 1)
-    assert found.useful_bytes == tensors * 3 * 2 * 9 * 11 * 8 * dtype.itemsize
-    assert found.useful_scores == pairs / (3 * 2 * 9 * 11)
-
-
-@pytest.mark.parametrize("pass_", PASSES)
-def test_evaluated_work_is_that_of_the_tiles(pass_: str) -> None:
-    for layer in [RAGGED, *layers_of("dinat_mini@224")]:
-        plan = Plan(layer.geometry, choose_tile(layer.geometry, layer.batch, layer.heads))
-        # Every tile of a class is as large as its class.
-        sizes = [(c.rows >= 0).sum() * (c.columns >= 0).sum() * len(c.row_base) for c in plan.classes]
-        scores, found = int(sum(sizes)) * layer.maps, tiled_work(layer, pass_)
-        products, exps = {FORWARD: (2, 1), BACKWARD: (5, 1), FORWARD_BACKWARD: (7, 2)}[pass_]
-        assert (found.flops, found.exps) == (2 * products * scores * layer.dim, exps * scores)
-        assert found.flops >= found.useful_flops
-        assert found.bytes == found.useful_bytes
+    found, pairs = tiled_work(layer, pass_, torch.bfloat16), layer.maps * layer.geometry.num_pairs
+    tokens = layer.maps * layer.geometry.num_tokens
+    assert (found.useful_flops, found.useful_exps) == (2 * products * pairs * layer.dim, exps * pairs)
+    assert found.bytes == found.useful_bytes == tensors * tokens * layer.dim * 2
+    assert found.useful_scores == pairs / tokens
+    assert tiled_work(layer, pass_, torch.float32).bytes == 2 * found.bytes
+    plan = Plan(layer.geometry, choose_tile(layer.geometry, layer.batch, layer.heads))
+    # Every tile of a class is as large as its class.
+    sizes = [(c.rows >= 0).sum() * (c.columns >= 0).sum() * len(c.row_base) for c in plan.classes]
+    scores = int(sum(sizes)) * layer.maps
+    assert (found.flops, found.exps) == (2 * products * scores * layer.dim, exps * scores)
+    assert found.flops >= found.useful_flops
 
 
 @pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernels are interpreted")

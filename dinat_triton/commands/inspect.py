@@ -22,10 +22,9 @@ from dinat_triton.commands.options import (
 )
 from dinat_triton.commands.tables import table
 from dinat_triton.files import check_target, replacing
+from dinat_triton.passes import Pass
 
-KERNELS = (
-    "forward", "closed_backward", "query_backward", "key_backward", "table", "sum_programs", "fold_bias",
-)  # fmt: skip
+KERNELS = (*Pass, "table", "sum_programs", "fold_bias")
 LAYERS = ("dinat_mini@224", "dinat_mini@384", "dinat_mini@coco")
 
 

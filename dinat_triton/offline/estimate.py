@@ -15,21 +15,19 @@ from typing import Any
 
 import torch
 
-from dinat_triton.kernels.configs import PASSES, Config, Preset
+from dinat_triton.kernels.configs import Config, Preset
 from dinat_triton.kernels.schedule import Schedule, problem_of, schedule_of
 from dinat_triton.layers import Layer
 from dinat_triton.offline.inspect import KernelVariant, Report, variants_of
 from dinat_triton.offline.targets import Target
+from dinat_triton.passes import BIAS, CHUNKS, TRAFFIC, Pass
 from dinat_triton.plan import Plan
-from dinat_triton.work import BACKWARD, FORWARD, TRAFFIC, Sweep, Work
+from dinat_triton.work import BACKWARD, FORWARD, Sweep, Work
 
 # Cycles: a load that nothing hides; a product or a softmax and what waits for it; an item before its first chunk; a
 # program before its first item.
 LOAD, COMPUTE, ITEM, PROGRAM = 1300, 160, 1500, 5000
 TOGETHER = 1.5
-
-
-CHUNKED = ("forward", "query_backward", "key_backward")
 
 
 @dataclass(frozen=True)
@@ -43,29 +41,30 @@ class Step:
 
     @property
     def backward(self) -> bool:
-        return self.name != "forward"
+        return self.pass_.is_backward
 
     @property
     def walks_chunks(self) -> bool:
         constants = self.variant.constants
-        return not constants.get("ONE_CHUNK", False) and constants.get("ALL_CHUNKS", True) and self.name in CHUNKED
+        one = self.pass_ is Pass.CLOSED_BACKWARD or constants.get("ONE_CHUNK", False)
+        return not one and constants.get("ALL_CHUNKS", True)
 
     @property
-    def name(self) -> str:
-        return self.variant.name
+    def pass_(self) -> Pass:
+        return Pass(self.variant.name)
 
     @property
-    def title(self) -> str:
-        """The name, and which of a kernel's forms it is."""
+    def form(self) -> str:
+        """The pass, and which of its forms it is."""
         if not self.variant.constants.get("GRAD_QUERY", True):
-            return f"{self.name} bias"
-        return f"{self.name} chunks" if self.variant.constants.get("ALL_CHUNKS") else self.name
+            return BIAS
+        return CHUNKS if self.variant.constants.get("ALL_CHUNKS") else self.pass_
 
     @property
     def sweep(self) -> Sweep:
         plan = self.schedule.layout.plan
         assert isinstance(plan, Plan)  # of one geometry
-        return Sweep(self.layer, plan.cost(), TRAFFIC[self.title], self.itemsize)
+        return Sweep(self.layer, plan.cost(), TRAFFIC[self.form], self.itemsize)
 
     def limits(self, report: Report, target: Target) -> dict[str, float]:
         """Seconds that each limit alone would take."""
@@ -93,11 +92,11 @@ class Step:
         Triton issues a round's loads behind the computation before, so those of the next round hide behind nothing.
         """
         rounds_ahead = (self.variant.options["num_stages"] - 1) // (2 if self.walks_chunks else 1)
-        return (self.sweep.traffic.products + 1) * COMPUTE + (LOAD if rounds_ahead < 2 else 0)
+        return (sum(self.sweep.traffic.products) + 1) * COMPUTE + (LOAD if rounds_ahead < 2 else 0)
 
     def _partials(self) -> int:
         """Bytes of bias gradients that programs write, and that are read back to be summed."""
-        if not (self.variant.constants.get("GRAD_BIAS") or self.name == "closed_backward"):
+        if not (self.variant.constants.get("GRAD_BIAS") or self.pass_ is Pass.CLOSED_BACKWARD):
             return 0
         programs, splits = self.schedule.grid
         return 2 * 4 * programs * splits * self.schedule.layout.pairs
@@ -112,9 +111,9 @@ def record(
     preset = Preset(target.architecture, configs)
     problem = problem_of(layer.geometry, *sizes, dtype, torch.device("meta"), layer.has_bias, preset=preset)
     steps = [
-        Step(variant, schedule_of(problem, variant.name), layer, dtype.itemsize)
+        Step(variant, schedule_of(problem, Pass(variant.name)), layer, dtype.itemsize)
         for variant in variants
-        if variant.name in PASSES
+        if variant.name in TRAFFIC
     ]
     return variants, steps
 
@@ -143,7 +142,7 @@ def estimate(steps: list[Step], reports: Mapping[KernelVariant, Report], target:
                 "best_us": 1e6 * sum(max(each.values()) for each in limits),
                 "binds": [max(each, key=lambda name: each[name]) for each in limits],
                 "limits_us": [{k: round(1e6 * v, 2) for k, v in each.items()} for each in limits],
-                "kernels": [step.title for step in chosen],
+                "kernels": [step.form for step in chosen],
                 "floor_us": 1e6 * needed.useful_bytes / target.memory,
                 "scores_per_query": first.cost.scores_per_query,
             }

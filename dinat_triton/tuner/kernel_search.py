@@ -19,6 +19,7 @@ from dinat_triton.kernels import attention
 from dinat_triton.kernels.configs import LIKE, Config, Preset, choose_config, is_closed, padded, rule, table_key
 from dinat_triton.layers import Layer
 from dinat_triton.offline.targets import TARGETS, Target
+from dinat_triton.passes import Pass
 from dinat_triton.tuner.layer_run import LayerRun
 from dinat_triton.tuner.model import NOT_COMPILED, Configs, Model, candidates, compilers, in_order
 from dinat_triton.tuner.search import (
@@ -37,7 +38,7 @@ from dinat_triton.tuner.search import (
 )
 
 # Whether tiles can be closed decides which kernels a backward runs at all, so that pass comes last.
-IN_TURN = ("forward", "query_backward", "key_backward", "closed_backward")
+IN_TURN = (Pass.FORWARD, Pass.QUERY_BACKWARD, Pass.KEY_BACKWARD, Pass.CLOSED_BACKWARD)
 # What the model cannot tell apart is left to the clock.
 UNMODELLED: tuple[dict[str, int], ...] = ({"programs": 4}, {"programs": 16}, {"programs": 32}, {"programs": 64})
 # Configs of a layer's pass that are timed, as the budget allows, and seconds that each takes in all its rounds.
@@ -48,7 +49,7 @@ GENERAL = 3
 COMPILING = {True: 0.5, False: 0.9}
 
 # Seconds of a pass of one layer under configs, or why they must not be taken.
-Clock = Callable[[str, Configs], float | Rejection]
+Clock = Callable[[Pass, Configs], float | Rejection]
 
 
 @dataclass
@@ -76,146 +77,149 @@ class KernelSearch:
         self.rounds = LEAST_ROUNDS if self.clock_of else 1
         warp = self.model.target.warp
         self.own = {
-            (name, layer): candidates(name, [layer], self.bits, warp) for name, layer in product(IN_TURN, self.layers)
+            (pass_, layer): candidates(pass_, [layer], self.bits, warp)
+            for pass_, layer in product(IN_TURN, self.layers)
         }
-        self.shared = {name: candidates(name, self.layers, self.bits, warp) if self.general else [] for name in IN_TURN}
-        self.wanted: set[tuple[str, Layer, Config]] = set()
-        self.races: dict[str, dict[Layer, Race[Config]]] = {name: {} for name in IN_TURN}
+        self.shared = {
+            pass_: candidates(pass_, self.layers, self.bits, warp) if self.general else [] for pass_ in IN_TURN
+        }
+        self.wanted: set[tuple[Pass, Layer, Config]] = set()
+        self.races: dict[Pass, dict[Layer, Race[Config]]] = {pass_: {} for pass_ in IN_TURN}
 
     def run(self) -> tuple[Found, tuple[int, int]]:
         """The results, and how many configs of layers the budget allowed to look at, of how many."""
         found = Found()
         promise = self._in_order_of_promise()
         self._compile(promise)
-        shared = {name: self._shared_shortlist(name) for name in IN_TURN}
+        shared = {pass_: self._shared_shortlist(pass_) for pass_ in IN_TURN}
         for layer, share in layer_by_layer(self.layers, self.budget, found):
             found.wrong += self._tune(layer, shared, share)
-        for name in IN_TURN:
-            self._decide(name, found)
+        for pass_ in IN_TURN:
+            self._decide(pass_, found)
         return found, (len(self.wanted), len(promise))
 
     # What there is to choose from
 
     def start(self, layer: Layer) -> Configs:
         """Configs that a layer's others have to beat: those in use, or without a GPU the rule's."""
-        return {name: self.in_use(name, layer) if self.clock_of else self.default(name) for name in IN_TURN}
+        return {pass_: self.in_use(pass_, layer) if self.clock_of else self.default(pass_) for pass_ in IN_TURN}
 
-    def in_use(self, name: str, layer: Layer | None = None) -> Config:
+    def in_use(self, pass_: Pass, layer: Layer | None = None) -> Config:
         """Config that a layer gets now, or a layer that nobody tuned."""
         own = {"closed": self.closed} if layer is None else {"geometry": layer.geometry, "maps": layer.maps}
         target = self.model.target
-        return choose_config(name, self.dim, self.bits, target.name, target.device, **own, biased=self.biased)
+        return choose_config(pass_, self.dim, self.bits, target.name, target.device, **own, biased=self.biased)
 
-    def default(self, name: str) -> Config:
-        return self.in_use(name) if self.clock_of else rule(name, self.dim, self.bits, self.biased)
+    def default(self, pass_: Pass) -> Config:
+        return self.in_use(pass_) if self.clock_of else rule(pass_, self.dim, self.bits, self.biased)
 
-    def known(self, name: str, layer: Layer) -> list[Config]:
+    def known(self, pass_: Pass, layer: Layer) -> list[Config]:
         """Configs that are raced in any case."""
-        return [self.start(layer)[name], self.in_use(name, layer), self.in_use(name), self.default(name)]
+        return [self.start(layer)[pass_], self.in_use(pass_, layer), self.in_use(pass_), self.default(pass_)]
 
-    def applies(self, name: str, layer: Layer) -> bool:
+    def applies(self, pass_: Pass, layer: Layer) -> bool:
         """Whether the layer has that pass, and for closed tiles, whether it could."""
         start = self.start(layer)
-        if name != "closed_backward":
-            return bool(self.model.steps(layer, name, start))
-        configs = [start[name], *self.own[name, layer][:1]]
-        each = [self.model.steps(layer, name, start | {name: config}) for config in configs]
-        return any(step.name == name for steps in each for step in steps)
+        if pass_ is not Pass.CLOSED_BACKWARD:
+            return bool(self.model.steps(layer, pass_, start))
+        configs = [start[pass_], *self.own[pass_, layer][:1]]
+        each = [self.model.steps(layer, pass_, start | {pass_: config}) for config in configs]
+        return any(step.pass_ is pass_ for steps in each for step in steps)
 
-    def _in_order_of_promise(self) -> list[tuple[str, Layer, Config]]:
+    def _in_order_of_promise(self) -> list[tuple[Pass, Layer, Config]]:
         """First what is in use, then every list's best, then every list's second: the budget may end any time."""
         lists = []
-        for name, layer in product(IN_TURN, self.layers):
-            if self.applies(name, layer):
-                lists.append([(name, layer, config) for config in self.known(name, layer) + self.own[name, layer]])
-                lists.append([(name, layer, config) for config in self.shared[name]])
+        for pass_, layer in product(IN_TURN, self.layers):
+            if self.applies(pass_, layer):
+                lists.append([(pass_, layer, config) for config in self.known(pass_, layer) + self.own[pass_, layer]])
+                lists.append([(pass_, layer, config) for config in self.shared[pass_]])
         ordered = (wanted for each in zip_longest(*lists) for wanted in each if wanted is not None)
         return list(dict.fromkeys(ordered))
 
-    def _compile(self, promise: Sequence[tuple[str, Layer, Config]]) -> None:
+    def _compile(self, promise: Sequence[tuple[Pass, Layer, Config]]) -> None:
         budget = self.budget.share(COMPILING[self.clock_of is not None])
-        for name, layer, config in tqdm(promise, "configs compiled and inspected", disable=None):
+        for pass_, layer, config in tqdm(promise, "configs compiled and inspected", disable=None):
             if budget.is_spent:
                 break
-            self.model.want(layer, name, self.start(layer) | {name: config}, budget)
-            self.wanted.add((name, layer, config))
+            self.model.want(layer, pass_, self.start(layer) | {pass_: config}, budget)
+            self.wanted.add((pass_, layer, config))
         self.model.finish(budget)
 
-    def _shared_shortlist(self, name: str) -> list[Config]:
+    def _shared_shortlist(self, pass_: Pass) -> list[Config]:
         """Configs that promise most for all layers together."""
-        layers = [layer for layer in self.layers if self.applies(name, layer)]
+        layers = [layer for layer in self.layers if self.applies(pass_, layer)]
         totals: dict[Config, float | Rejection] = {}
-        for config in self.shared[name] if layers else []:
-            if not all((name, layer, config) in self.wanted for layer in layers):
+        for config in self.shared[pass_] if layers else []:
+            if not all((pass_, layer, config) in self.wanted for layer in layers):
                 continue
-            each = {layer: self.model.predict(layer, name, self.start(layer) | {name: config}) for layer in layers}
+            each = {layer: self.model.predict(layer, pass_, self.start(layer) | {pass_: config}) for layer in layers}
             why = next((seconds for seconds in each.values() if isinstance(seconds, Rejection)), None)
             totals[config] = why or sum(x.count * t for x, t in each.items() if not isinstance(t, Rejection))
         return shortlist(totals, GENERAL if self.clock_of else len(totals))
 
     # One layer
 
-    def _tune(self, layer: Layer, shared: Mapping[str, list[Config]], budget: Budget) -> list[str]:
+    def _tune(self, layer: Layer, shared: Mapping[Pass, list[Config]], budget: Budget) -> list[str]:
         """Races the configs of every pass; the next pass runs with the winner. Returns what was found to be wrong."""
         chosen, wrong = self.start(layer), []
         clock = self.clock_of(layer) if self.clock_of else None
-        passes = [name for name in IN_TURN if self.applies(name, layer)]
-        for name, share in shared_out(budget, passes):
+        passes = [pass_ for pass_ in IN_TURN if self.applies(pass_, layer)]
+        for pass_, share in shared_out(budget, passes):
 
-            def configs(config: Config, name: str = name) -> Configs:
-                return chosen | {name: config}
+            def configs(config: Config, pass_: Pass = pass_) -> Configs:
+                return chosen | {pass_: config}
 
-            def predict(config: Config, name: str = name) -> float | Rejection:
-                return self.model.predict(layer, name, configs(config))
+            def predict(config: Config, pass_: Pass = pass_) -> float | Rejection:
+                return self.model.predict(layer, pass_, configs(config))
 
-            seen = [config for config in self.own[name, layer] if (name, layer, config) in self.wanted]
-            fixed = [*self.known(name, layer), *shared[name]]
+            seen = [config for config in self.own[pass_, layer] if (pass_, layer, config) in self.wanted]
+            fixed = [*self.known(pass_, layer), *shared[pass_]]
             if clock is None:
                 finished = race(dict.fromkeys([*fixed, *seen]), predict, share, rounds=1)
             else:
                 most = min(max(int(share.left / RACE_SECONDS), FEWEST), MOST)
                 promising = shortlist({config: predict(config) for config in seen}, most)
                 variants = [replace(promising[0], **change) for change in UNMODELLED] if promising else []
-                variants += [self.model.tightened(layer, name, configs(config)) for config in promising[:1]]
+                variants += [self.model.tightened(layer, pass_, configs(config)) for config in promising[:1]]
                 choices = [configs(config) for config in dict.fromkeys([*fixed, *promising, *variants])]
-                finished = self._race_distinct(layer, name, choices, clock, share)
-                wrong += [f"{layer} {name} {config}: {why}" for config, why in finished.rejected.items()]
-            self.races[name][layer] = finished
-            chosen[name] = finished.winner(chosen[name], self.rounds)
+                finished = self._race_distinct(layer, pass_, choices, clock, share)
+                wrong += [f"{layer} {pass_} {config}: {why}" for config, why in finished.rejected.items()]
+            self.races[pass_][layer] = finished
+            chosen[pass_] = finished.winner(chosen[pass_], self.rounds)
         return wrong
 
     def _race_distinct(
-        self, layer: Layer, name: str, choices: Iterable[Configs], clock: Clock, budget: Budget
+        self, layer: Layer, pass_: Pass, choices: Iterable[Configs], clock: Clock, budget: Budget
     ) -> Race[Config]:
         """Times configs; those that come to the same launches run once."""
         alike: dict[tuple, list[Config]] = {}
         of: dict[Config, Configs] = {}
         for configs in choices:
-            steps = self.model.steps(layer, name, configs)
+            steps = self.model.steps(layer, pass_, configs)
             key = tuple((step.variant, step.schedule.grid, step.schedule.batch_step) for step in steps)
-            alike.setdefault(key, []).append(configs[name])
-            of[configs[name]] = configs
+            alike.setdefault(key, []).append(configs[pass_])
+            of[configs[pass_]] = configs
         firsts = [first for first, *_ in alike.values()]
-        finished = race(firsts, lambda config: clock(name, of[config]), budget, ROUNDS)
+        finished = race(firsts, lambda config: clock(pass_, of[config]), budget, ROUNDS)
         for first, *others in alike.values():
             finished.seconds |= dict.fromkeys(others, finished.seconds[first])
         return finished
 
     # All layers
 
-    def _decide(self, name: str, found: Found) -> None:
+    def _decide(self, pass_: Pass, found: Found) -> None:
         """The config for layers in general, and those that single layers get because it is not good enough for them."""
-        races, key = self.races[name], table_key(name, self.dim, self.bits, self.biased)
-        layers = [layer for layer in self.layers if self.applies(name, layer)]
+        races, key = self.races[pass_], table_key(pass_, self.dim, self.bits, self.biased)
+        layers = [layer for layer in self.layers if self.applies(pass_, layer)]
         general = None
         if self.general and layers and all(layer in races for layer in layers):
             together = combined(races)
-            winner = together.winner(self.default(name), self.rounds)
+            winner = together.winner(self.default(pass_), self.rounds)
             if winner in together.seconds:
                 general = winner
-                found.entries[table_key(name, self.dim, self.bits, self.biased, self.closed)] = asdict(general)
+                found.entries[table_key(pass_, self.dim, self.bits, self.biased, self.closed)] = asdict(general)
         for layer, finished in races.items():
-            now = self.in_use(name, layer)
+            now = self.in_use(pass_, layer)
             default = now if general is None else general
             config = finished.winner(default, self.rounds)
             own = config != default
@@ -223,10 +227,10 @@ class KernelSearch:
                 own_key = f"{key}/{store.geometry_key(layer.geometry)}/{layer.maps}"
                 found.entries[own_key] = asdict(config) if own else None
             if not self.clock_of and finished.rejected.get(now, NOT_COMPILED.reason) != NOT_COMPILED.reason:
-                found.wrong.append(f"{layer} {name} {now}, which is in use: {finished.rejected[now]}")
+                found.wrong.append(f"{layer} {pass_} {now}, which is in use: {finished.rejected[now]}")
             if finished.seconds.get(config):
                 before = finished.median(now) if finished.seconds.get(now) else inf
-                found.rows.append(Row(layer, name, before, finished.median(config), config, own))
+                found.rows.append(Row(layer, pass_, before, finished.median(config), config, own))
 
 
 def tune_kernels(
@@ -244,7 +248,7 @@ def tune_kernels(
     def clock_of(layer: Layer) -> Clock:
         assert device is not None
         run = LayerRun(layer, dtype, device, attention, lambda configs: {"preset": Preset(configs=configs)})
-        return lambda name, configs: run.score(in_order(configs), backward=name != "forward")
+        return lambda pass_, configs: run.score(in_order(configs), backward=pass_.is_backward)
 
     # A table that ships for several GPUs has to fit them all.
     alike = [] if device else [TARGETS[name].shared for name, like in LIKE.items() if like == target.name]
@@ -258,6 +262,6 @@ def shipped(entries: Mapping[str, Config]) -> dict[str, dict[str, int]]:
 
     def is_rule(key: str, config: Config) -> bool:
         name, dim, bits, *of = key.split("/")
-        return of in ([], ["unbiased"]) and config == rule(name, int(dim), int(bits), biased=not of)
+        return of in ([], ["unbiased"]) and config == rule(Pass(name), int(dim), int(bits), biased=not of)
 
     return {key: asdict(config) for key, config in entries.items() if not is_rule(key, config)}

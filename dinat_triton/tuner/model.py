@@ -18,15 +18,16 @@ from tempfile import TemporaryDirectory
 import torch
 import triton
 
-from dinat_triton.kernels.configs import PASSES, Config, choose_plan, plan_cost
+from dinat_triton.kernels.configs import Config, choose_plan, plan_cost
 from dinat_triton.layers import Layer
 from dinat_triton.offline.estimate import Step, estimate, record
 from dinat_triton.offline.inspect import KernelVariant, Report, inspect
 from dinat_triton.offline.targets import Target
+from dinat_triton.passes import Pass
 from dinat_triton.tuner.layer_run import first_line
 from dinat_triton.tuner.search import Budget, Rejection
 
-Configs = dict[str, Config]  # by pass
+Configs = dict[Pass, Config]
 Submit = Callable[[KernelVariant], "Future[Report]"]
 ROWS = CHUNKS = (16, 32, 64, 128)
 ONE_CHUNKS = (32, 64, 128)
@@ -43,11 +44,11 @@ AHEAD = 24
 NOT_COMPILED = Rejection("was not compiled within the budget")
 
 
-def candidates(name: str, layers: Sequence[Layer], bits: int, warp: int) -> list[Config]:
+def candidates(pass_: Pass, layers: Sequence[Layer], bits: int, warp: int) -> list[Config]:
     """Configs whose plans cost little more than the best one over all layers; the best plan's come first.
 
     Args:
-        name: The pass.
+        pass_: What they are for.
         layers: Layers that they are for.
         bits: Width of the dtype.
         warp: Threads of a warp.
@@ -56,7 +57,7 @@ def candidates(name: str, layers: Sequence[Layer], bits: int, warp: int) -> list
     plans: dict[tuple, tuple[float, int, Config]] = {}
     for rows, chunk, one_chunk in product(ROWS, CHUNKS, ONE_CHUNKS):
         config = Config(rows=rows, chunk=chunk, one_chunk=one_chunk)
-        each = [choose_plan(layer.geometry, config, token_bytes, name == "key_backward") for layer in layers]
+        each = [choose_plan(layer.geometry, config, token_bytes, pass_.over_keys) for layer in layers]
         cost = sum(x.count * x.maps * plan_cost(plan, token_bytes) for x, plan in zip(layers, each, strict=True))
         scores = max(plan.block * plan.chunk for plan in each if plan.block)
         # Many configs come to the same plans.
@@ -70,9 +71,9 @@ def candidates(name: str, layers: Sequence[Layer], bits: int, warp: int) -> list
     ]
 
 
-def in_order(configs: Mapping[str, Config]) -> tuple[Config, ...]:
+def in_order(configs: Mapping[Pass, Config]) -> tuple[Config, ...]:
     """Configs as a Preset holds them."""
-    return tuple(configs[name] for name in PASSES)
+    return tuple(configs[pass_] for pass_ in Pass)
 
 
 class Model:
@@ -91,18 +92,18 @@ class Model:
         self.compiled: dict[KernelVariant, Future[Report]] = {}
         self._steps: dict[tuple, list[Step]] = {}
 
-    def steps(self, layer: Layer, name: str, configs: Configs) -> list[Step]:
+    def steps(self, layer: Layer, pass_: Pass, configs: Configs) -> list[Step]:
         """The launches of a pass. What closed tiles save is the other passes, so theirs are all of the backward's."""
-        closed = name == "closed_backward"
-        key = (layer, name, *(in_order(configs) if closed else [configs[name]]))
+        closed = pass_ is Pass.CLOSED_BACKWARD
+        key = (layer, pass_, *(in_order(configs) if closed else [configs[pass_]]))
         if key not in self._steps:
             _, steps = record(layer, self.target, self.dtype, in_order(configs))
-            self._steps[key] = [step for step in steps if (step.backward if closed else step.name == name)]
+            self._steps[key] = [step for step in steps if (step.backward if closed else step.pass_ is pass_)]
         return self._steps[key]
 
-    def want(self, layer: Layer, name: str, configs: Configs, budget: Budget) -> None:
+    def want(self, layer: Layer, pass_: Pass, configs: Configs, budget: Budget) -> None:
         """Has compiled what a config would launch. Does not run far ahead of the compilers: they need the cores."""
-        for step in self.steps(layer, name, configs):
+        for step in self.steps(layer, pass_, configs):
             if step.variant not in self.compiled:
                 self.compiled[step.variant] = self.submit(step.variant)
                 if len(self.pending) > AHEAD:
@@ -131,9 +132,9 @@ class Model:
             return Rejection(f"needs {report.shared} bytes of shared memory, {self.shared} may be used")
         return report
 
-    def predict(self, layer: Layer, name: str, configs: Configs) -> float | Rejection:
+    def predict(self, layer: Layer, pass_: Pass, configs: Configs) -> float | Rejection:
         """Seconds of a pass, if its kernels may be launched at all."""
-        steps = self.steps(layer, name, configs)
+        steps = self.steps(layer, pass_, configs)
         reports: dict[KernelVariant, Report] = {}
         for step in steps:
             report = self.report(step.variant)
@@ -142,15 +143,15 @@ class Model:
             reports[step.variant] = report
         return 1e-6 * sum(found["us"] for found in estimate(steps, reports, self.target))
 
-    def tightened(self, layer: Layer, name: str, configs: Configs) -> Config:
+    def tightened(self, layer: Layer, pass_: Pass, configs: Configs) -> Config:
         """The config with so few registers that a multiprocessor has room for one more program."""
-        step = self.steps(layer, name, configs)[0]
+        step = self.steps(layer, pass_, configs)[0]
         report = self.report(step.variant)
         if isinstance(report, Rejection):
-            return configs[name]
+            return configs[pass_]
         threads = step.variant.options["num_warps"] * self.target.warp
         room = self.target.registers // (threads * (report.programs + 1)) // 8 * 8
-        return replace(configs[name], registers=min(room, report.registers))
+        return replace(configs[pass_], registers=min(room, report.registers))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from dinat_triton.bench.harness import Cell, Record, Results
 from dinat_triton.bench.layers import Bench
 from dinat_triton.bench.peers import PEERS, Attention, Inputs, Peer
 from dinat_triton.layers import Layer
-from dinat_triton.work import FORWARD, FORWARD_BACKWARD, PASSES, Ceilings
+from dinat_triton.work import FORWARD, FORWARD_BACKWARD, TIMED, Ceilings
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings("measured", "a machine", 1e10, {"float32": 1e11, "bfloat16": 2e11}, 1e9)
@@ -28,7 +28,7 @@ def measured(layer: Layer, pass_: str, *peers: Peer, **options) -> dict[str, Rec
 
 
 @pytest.mark.parametrize("layer", [WHOLE, RAGGED], ids=lambda layer: layer.short_name)
-@pytest.mark.parametrize("pass_", PASSES)
+@pytest.mark.parametrize("pass_", TIMED)
 def test_peers_agree_or_say_why_they_cannot_run(layer: Layer, pass_: str) -> None:
     found = measured(layer, pass_, *(PEERS[name] for name in HERE), PEERS["natten-hopper-fna"])
     expected = {"natten-hopper-fna": "RuntimeError: Can't run Hopper FNA; NATTEN was not built with libnatten."}

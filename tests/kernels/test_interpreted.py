@@ -4,17 +4,25 @@ Needs TRITON_INTERPRET=1 before Triton is imported; `make test` runs this folder
 """
 
 import random
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
+from triton.runtime import interpreter
 
 import dinat_triton as dt
-from dinat_triton.kernels import support
-from dinat_triton.kernels.configs import Architecture
-from tests.oracles import sampling
+from dinat_triton.kernels import prepare, schedule, support
+from dinat_triton.kernels.configs import Architecture, Config
+from dinat_triton.passes import Pass
 from tests.oracles.cases import check, check_narrow, check_wanted, hide, make_case
+from tests.oracles.gpu import forget_launches
+from tests.oracles.map_batches import make_map_case
+from tests.oracles.sampling import BORDERS, Sample, samples
 
 pytestmark = [
     pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="set TRITON_INTERPRET=1"),
@@ -22,8 +30,32 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
 ]
 
-CHUNKS = 6
-SAMPLES = sampling.samples(60, seed=14, max_tokens=40, borders=sampling.BORDERS)
+CHUNKS = 4
+SAMPLES = samples(40, seed=14, max_tokens=40, borders=BORDERS)
+MAPS = samples(8, seed=54, max_tokens=40, min_kernel=2, borders=BORDERS)
+
+
+def square(shape: tuple[int, ...], kernel: int, dilation: int = 1, causal: bool = False) -> Sample:
+    rank = len(shape)
+    return Sample(shape, (kernel,) * rank, (dilation,) * rank, (1,) * rank, (False,) * (rank - 1) + (causal,))
+
+
+CLOSED = square((8, 8), 4, 2)  # tiles of 16
+MANY_CHUNKS = square((9, 8), 5)  # and every kind of border
+FEW_CHUNKS = Sample((7, 6), (4, 3), (1, 1), (1, 1), (False, False))
+RAGGED = Sample((11, 13), (3, 3), (2, 3), (1, 1), (False, False))  # residue classes of several lengths
+PARTIAL = square((90,), 9, causal=True)  # tiles, and spans of T + k - 1
+STRIDED = Sample((13, 11), (5, 6), (1, 1), (5, 6), (True, False))  # by more queries than a tile holds
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _language_patched_once() -> Iterator[None]:
+    """Not at every call of a helper, which takes the interpreter a third of its time."""
+    scope = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", lambda fn: interpreter._LangPatchScope())
+        yield
+    scope.restore()
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
@@ -33,30 +65,27 @@ def test_random_geometries(chunk: int, poisoned: None) -> None:
         check(make_case(sample, rng, scale=rng.choice([None, 0.7])))
 
 
-@pytest.mark.parametrize("length", range(7, 16, 2))
-def test_short_maps_where_all_queries_see_a_key(length: int, poisoned: None) -> None:
-    """Between one and two kernels long, a key at the border is seen from everywhere."""
-    check(make_case(sampling.Sample((length,), (7,), (1,), (1,), (False,)), random.Random(length), heads=1))
+@pytest.mark.parametrize(
+    ("sample", "options"),
+    [
+        *((sample, {}) for sample in (CLOSED, MANY_CHUNKS, RAGGED, PARTIAL, STRIDED)),
+        # Between one and two kernels long, a key at the border is seen from everywhere.
+        *((square((length,), 7), {"heads": 1}) for length in range(7, 16, 2)),
+        *((square((9,), 3, 2), {"dims": dims}) for dims in [(24, 40), (80, 16), (96, 96), (256, 8)]),
+        *((sample, {"batch": 2, "masked": True, "dropout_p": 0.2}) for sample in (CLOSED, FEW_CHUNKS, PARTIAL)),
+        *((sample, {"batch": 2, "masked": True, "biased": False}) for sample in (CLOSED, FEW_CHUNKS, PARTIAL)),
+    ],
+    ids=str,
+)
+def test_problems(sample: Sample, options: dict[str, Any], poisoned: None) -> None:
+    check(make_case(sample, random.Random(0), **({"heads": 2, "biased": True} | options)))
 
 
-def test_a_stride_of_more_queries_than_a_tile_holds() -> None:
-    check(make_case(sampling.Sample((13, 11), (5, 6), (1, 1), (5, 6), (True, False)), random.Random(1), biased=True))
-
-
-CLOSED = sampling.Sample((8, 8), (4, 4), (2, 2), (1, 1), (False, False))  # tiles of 16
-MANY_CHUNKS = sampling.Sample((9, 8), (5, 5), (1, 1), (1, 1), (False, False))  # and every kind of border
-RAGGED = sampling.Sample((11, 13), (3, 3), (2, 3), (1, 1), (False, False))  # residue classes of several lengths
-PARTIAL = sampling.Sample((90,), (9,), (1,), (1,), (True,))  # tiles, and spans of T + k - 1
-
-
-@pytest.mark.parametrize("sample", [CLOSED, MANY_CHUNKS, RAGGED, PARTIAL], ids=str)
-def test_layers(sample: sampling.Sample, poisoned: None) -> None:
-    check(make_case(sample, random.Random(0), heads=2, biased=True))
-
-
-@pytest.mark.parametrize("sample", [CLOSED, MANY_CHUNKS, PARTIAL], ids=str)
-def test_queries_that_see_nothing(sample: sampling.Sample, poisoned: None) -> None:
-    case = make_case(sample, random.Random(0), heads=2, batch=1, biased=True)
+@pytest.mark.parametrize("sample", [CLOSED, FEW_CHUNKS, PARTIAL], ids=str)
+def test_queries_that_see_nothing_and_gradients_that_are_wanted_alone(sample: Sample, poisoned: None) -> None:
+    case = make_case(sample, random.Random(0), heads=2, batch=1, biased=True, dropout_p=0.2)
+    if sample is not PARTIAL:
+        check_wanted(case, "triton")
     hide(case)
     exact = case.run("reference", torch.float64)
     case.leaves[3][1].clamp_(min=torch.finfo(torch.float32).min)  # hides a key as -inf does
@@ -64,34 +93,20 @@ def test_queries_that_see_nothing(sample: sampling.Sample, poisoned: None) -> No
         torch.testing.assert_close(value.double(), exact[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("sample", [CLOSED, MANY_CHUNKS], ids=str)
-def test_gradients_that_are_wanted_alone(sample: sampling.Sample, poisoned: None) -> None:
-    check_wanted(make_case(sample, random.Random(0), heads=2, batch=1, biased=True, dropout_p=0.2), "triton")
-
-
-@pytest.mark.parametrize("sample", [CLOSED, MANY_CHUNKS, PARTIAL], ids=str)
-def test_key_masks(sample: sampling.Sample, poisoned: None) -> None:
-    for biased in (True, False):
-        check(make_case(sample, random.Random(0), heads=2, batch=2, biased=biased, dropout_p=0.2 * biased, masked=True))
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("sample", [CLOSED, MANY_CHUNKS, PARTIAL], ids=str)
-def test_low_precision_is_no_worse_than_twice_eager(dtype: torch.dtype, sample: sampling.Sample) -> None:
+def test_low_precision_is_no_worse_than_twice_eager(dtype: torch.dtype, sample: Sample) -> None:
     """In tiles of 64: those of one dimension have more windows than a word has bits."""
-    case = make_case(sample, random.Random(1), heads=2, dims=(16, 16), biased=True)
-    check_narrow(case, dtype)
+    check_narrow(make_case(sample, random.Random(1), heads=2, dims=(16, 16), biased=True), dtype)
 
 
-@pytest.mark.parametrize("dims", [(8, 8), (24, 40), (80, 16), (96, 96), (256, 8)])
-def test_head_dims(dims: tuple[int, int]) -> None:
-    check(make_case(sampling.Sample((9,), (3,), (2,), (1,), (False,)), random.Random(2), dims=dims))
-
-
-@pytest.mark.parametrize("dilation", [1, 2])
-def test_dropout_is_that_of_the_reference(dilation: int) -> None:
-    sample = sampling.Sample((6, 8), (3, 3), (dilation, dilation), (1, 1), (False, False))
-    check(make_case(sample, random.Random(4), heads=4, batch=2, dropout_p=0.3))
+@pytest.mark.parametrize("sample", MAPS, ids=str)
+def test_every_map_of_a_batch_is_attended_to_as_if_it_were_alone(sample: Sample, poisoned: None) -> None:
+    case, packed = make_map_case(sample, random.Random(str(sample)), 2), sample in MAPS[::2]
+    found = case.run("triton", packed)
+    case.check(found, case.alone("reference", torch.float64), 1e-5)
+    if sample in MAPS[:2]:
+        case.check(found, case.alone("triton"))
 
 
 @pytest.mark.parametrize("dilation", [1, 3])
@@ -105,8 +120,7 @@ def test_packed_inputs(dilation: int) -> None:
         return [out, *torch.autograd.grad(out.square().sum(), [qkv, rpb])]
 
     packed, apart = run([qkv]), run([x.contiguous() for x in qkv.unbind(3)])
-    for a, b in zip(packed, apart, strict=True):
-        assert torch.equal(a, b)
+    assert all(map(torch.equal, packed, apart))
     assert packed[1].is_contiguous()
 
 
@@ -123,25 +137,33 @@ def test_strided_inputs_and_gradients() -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_a_large_batch_is_split_and_a_small_one_walks_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However work is shared out among programs, the result is the same."""
-    from dinat_triton.kernels import configs, prepare, schedule
+@pytest.fixture
+def forget() -> Iterator[None]:
+    forget_launches()
+    yield
+    forget_launches()
 
-    sample = sampling.Sample((6, 8), (3, 3), (2, 2), (1, 1), (False, False))
-    case = make_case(sample, random.Random(5), heads=2, batch=3, biased=True)
-    grids = set()
+
+def test_a_large_batch_is_split_and_a_small_one_walks_tiles(monkeypatch: pytest.MonkeyPatch, forget: None) -> None:
+    """However work is shared out among programs, the result is the same."""
+    case, grids = make_case(square((6, 8), 3, 2), random.Random(5), heads=2, batch=3, biased=True), set()
     for programs in (1, 6, 1000):
-        for cache in (prepare.prepare_forward, prepare.prepare_backward):
-            cache.cache_clear()
-        config = configs.Config(programs=programs)
+        forget_launches()
+        config = Config(programs=programs)
         monkeypatch.setattr(schedule, "choose_config", lambda *_, c=config: c)
         check(case)
         sizes = (dt.Geometry((6, 8), (3,), (2,)), 3, 2, 2, 8, 8)
         problem = schedule.problem_of(*sizes, torch.float32, torch.device("cpu"))
-        grids.update(schedule.schedule_of(problem, name).grid for name in ("forward", "closed_backward"))
-    for cache in (prepare.prepare_forward, prepare.prepare_backward):
-        cache.cache_clear()
+        grids.update(schedule.schedule_of(problem, pass_).grid for pass_ in (Pass.FORWARD, Pass.CLOSED_BACKWARD))
     assert len(grids) > 2
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_wide_addresses(dilation: int, monkeypatch: pytest.MonkeyPatch, forget: None) -> None:
+    """What inputs beyond 2**31 elements take: token addresses in 64 bits."""
+    monkeypatch.setattr(prepare, "MOST_NARROW", 0)
+    sample = square((6, 7), 3, dilation, causal=True)
+    check(make_case(sample, random.Random(6), heads=2, batch=2, biased=True, dropout_p=0.2))
 
 
 @pytest.mark.parametrize(
@@ -170,22 +192,7 @@ def test_head_dims_past_the_shared_memory_are_refused_before_a_launch(monkeypatc
     with pytest.raises(RuntimeError, match=message):
         dt.na1d(x, x, x, 3, backend="triton")
     assert dt.na1d(x, x, x, 3).equal(x)
-    half = x.half()
-    assert dt.na1d(half, half, half, 3, backend="triton").equal(half)
-
-
-def test_wide_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What inputs beyond 2**31 elements take: token addresses in 64 bits."""
-    from dinat_triton.kernels import prepare
-
-    monkeypatch.setattr(prepare, "MOST_NARROW", 0)
-    for cache in (prepare.prepare_forward, prepare.prepare_backward):
-        cache.cache_clear()
-    for dilation in (1, 2):
-        sample = sampling.Sample((6, 7), (3, 3), (dilation, dilation), (1, 1), (False, True))
-        check(make_case(sample, random.Random(6), heads=2, batch=2, biased=True, dropout_p=0.2))
-    for cache in (prepare.prepare_forward, prepare.prepare_backward):
-        cache.cache_clear()
+    assert dt.na1d(x.half(), x.half(), x.half(), 3, backend="triton").equal(x.half())
 
 
 def test_an_empty_batch() -> None:
