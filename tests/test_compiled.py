@@ -3,8 +3,7 @@
 import random
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import cycle
-from pathlib import Path
+from itertools import cycle, product
 
 import pytest
 import torch
@@ -24,23 +23,28 @@ pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kern
 
 # The matrix instructions that float16 and bfloat16 take there.
 TARGETS = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}
-SAMPLES = sampling.samples(12, seed=7, max_tokens=60, borders=sampling.BORDERS)
+SAMPLES = sampling.samples(9, seed=7, max_tokens=60, borders=sampling.BORDERS)
 CLOSED = Sample((14, 14), (7, 7), (2, 2), (1, 1), (False, False))
 SLIDING = Sample((9, 10), (5, 5), (1, 1), (1, 1), (False, False))
 RAGGED = Sample((15, 17), (3, 3), (2, 3), (1, 1), (False, False))
 CAUSAL = Sample((150,), (9,), (1,), (1,), (True,))
 LARGE = Sample((4, 6, 7), (3, 4, 5), (1, 1, 1), (2, 1, 3), (True, False, False))  # even, strided and causal
 WIDE = Sample((13, 13), (11, 11), (1, 1), (1, 1), (False, False), ("wrap", "clip"))
+GROUPED = {"heads": 4, "biased": False, "grouped": True}
+
+# Every target runs every pass, and every feature on some of the geometries.
+NARROW = [
+    *product(TARGETS, (CLOSED, SLIDING), [{}]),
+    *zip(TARGETS, (WIDE, RAGGED, CAUSAL), [{}] * 3, strict=True),
+    *zip(TARGETS, [SLIDING] * 3, ({"dims": (24, 40)}, {"dims": (64, 64)}, {"dims": (128, 16)}), strict=True),
+    *zip(TARGETS, (LARGE, SLIDING, CLOSED), (GROUPED, GROUPED, GROUPED | {"dropout_p": 0.3}), strict=True),
+    *zip(TARGETS, (CLOSED, SLIDING), [{"batch": 1, "dropout_p": 0.3}] * 2, strict=False),
+]
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(params=TARGETS)
-def gpu(request: pytest.FixtureRequest, cache: Path, poisoned: None) -> Iterator[GPU]:
-    with pretended(find_target(request.param), cache) as gpu:
+@pytest.fixture
+def gpu(request: pytest.FixtureRequest, poisoned: None) -> Iterator[GPU]:
+    with pretended(find_target(request.param)) as gpu:
         yield gpu
 
 
@@ -55,57 +59,40 @@ def test_maps_of_different_sizes(gpu: GPU, packed: bool) -> None:
     case.check(case.run("triton", packed), case.alone("reference", torch.float64), 1e-5)
 
 
-@pytest.mark.parametrize("sample", [CLOSED, SLIDING, RAGGED, CAUSAL, WIDE], ids=str)
-def test_layers(gpu: GPU, sample: Sample) -> None:
-    dtype = torch.float16 if sample is RAGGED else torch.bfloat16
-    check_narrow(make_case(sample, random.Random(1), heads=2, dims=(32, 32), batch=2, biased=True), dtype)
+@pytest.mark.parametrize(("gpu", "sample", "options"), NARROW, indirect=["gpu"], ids=str)
+def test_low_precision(gpu: GPU, sample: Sample, options: dict) -> None:
+    options = {"heads": 2, "dims": (32, 32), "batch": 2, "biased": True} | options
+    grouped = options.pop("grouped", False)
+    case = make_case(sample, random.Random(1), **options)
+    case.leaves[1:3] = [x[..., :2, :] if grouped else x for x in case.leaves[1:3]]
+    check_narrow(case, torch.float16 if sample is RAGGED else torch.bfloat16)
     if sample is CLOSED:
         assert TARGETS[gpu.target.name] in {i.operation for each in gpu.launched for i in each.code}
 
 
-@pytest.mark.parametrize("sample", [CLOSED, SLIDING], ids=str)
-@pytest.mark.parametrize("gpu", ["sm_80", "sm_90"], indirect=True)
-def test_key_masks(gpu: GPU, sample: Sample) -> None:
-    check(make_case(sample, random.Random(1), heads=2, dims=(16, 16), batch=2, biased=True, masked=True))
-
-
-@pytest.mark.parametrize("dims", [(64, 64), (24, 40), (128, 16)])
-def test_head_dims(gpu: GPU, dims: tuple[int, int]) -> None:
-    check_narrow(make_case(SLIDING, random.Random(2), heads=2, dims=dims), torch.bfloat16)
-
-
-@pytest.fixture
-def tf32() -> Iterator[None]:
-    torch.backends.cuda.matmul.allow_tf32 = True
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = False
-
-
-@pytest.mark.parametrize("sample", [CLOSED, SLIDING], ids=str)
-def test_float32_in_three_products(gpu: GPU, sample: Sample, tf32: None) -> None:
-    check(make_case(sample, random.Random(3), heads=2, dims=(32, 32)))
-    assert "mma" in {i.operation for each in gpu.launched for i in each.code}
-
-
-@pytest.mark.parametrize("sample", [CLOSED, SLIDING, LARGE], ids=str)
-def test_without_a_bias_and_with_grouped_heads(gpu: GPU, sample: Sample) -> None:
-    case = make_case(sample, random.Random(4), heads=4, dims=(32, 32), biased=False)
-    case.leaves[1:] = [x[..., :2, :] for x in case.leaves[1:]]
-    check_narrow(case, torch.bfloat16)
-
-
 @pytest.mark.parametrize(
-    ("gpu", "sample"), [("sm_80", CLOSED), ("sm_90", SLIDING), ("sm_100", CLOSED)], indirect=["gpu"], ids=str
+    ("gpu", "sample", "dim", "tf32"),
+    # Key masks, and products of three.
+    [
+        ("sm_80", SLIDING, 16, False),
+        ("sm_90", CLOSED, 16, False),
+        ("sm_80", SLIDING, 32, True),
+        ("sm_100", CLOSED, 32, True),
+    ],
+    indirect=["gpu"],
+    ids=str,
 )
-def test_dropout(gpu: GPU, sample: Sample) -> None:
-    check_narrow(make_case(sample, random.Random(5), heads=2, batch=1, dims=(32, 32), dropout_p=0.3), torch.bfloat16)
+def test_float32(gpu: GPU, sample: Sample, dim: int, tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
+    check(make_case(sample, random.Random(1), heads=2, dims=(dim, dim), batch=2, biased=True, masked=not tf32))
+    assert tf32 == ("mma" in {i.operation for each in gpu.launched for i in each.code})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", layers_of("dinat_mini@224", batch=2), ids=lambda layer: layer.name)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_layer(target: str, dtype: torch.dtype, layer: Layer, cache: Path) -> None:
+def test_every_layer(target: str, dtype: torch.dtype, layer: Layer) -> None:
     """On a GPU so small that its programs walk as many tiles and images as a large one's do in a large batch."""
-    with pretended(replace(find_target(target), multiprocessors=2), cache):
+    with pretended(replace(find_target(target), multiprocessors=2)):
         assert LayerRun(layer, dtype, torch.device("cpu"), attention, lambda _: {}).check(None) is None

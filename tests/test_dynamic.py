@@ -11,8 +11,8 @@ import dinat_triton as dt
 
 # Of the layer below: none, one or both axes are shorter than its window's span of 6, and have to be padded.
 SIZES = ((9, 10), (12, 11), (15, 8), (5, 9), (9, 4), (4, 3), (20, 21))
-LEVELS = {"depths": (2, 1, 1, 1), "embed_dim": 32}
-DILATIONS = ((1, 8), (4,), (2,), (1,))
+LEVELS = {"depths": (2, 1), "embed_dim": 32}
+DILATIONS = ((1, 8), (4,))
 
 
 def layer() -> nn.Module:
@@ -27,8 +27,8 @@ def transformers_model() -> nn.Module:
     from transformers import DinatConfig
     from transformers.models.dinat.modeling_dinat import DinatModel
 
-    heads = [1, 2, 4, 8]
-    return DinatModel(DinatConfig(dilations=[list(d) for d in DILATIONS], num_heads=heads, return_dict=False, **LEVELS))
+    dilations = [list(level) for level in DILATIONS]
+    return DinatModel(DinatConfig(dilations=dilations, num_heads=[1, 2], return_dict=False, **LEVELS))
 
 
 def run(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:

@@ -11,12 +11,18 @@ from dinat_triton.models.variants import VARIANTS
 from dinat_triton.plan import Plan
 from dinat_triton.tiled import choose_tile
 
-QUICK = ("nat_mini", "dinat_tiny", "dinat_large_384_11x11", "dinat_s_tiny", "dinat_isotropic_small")
+# Millions of parameters, as published.
+QUICK = {
+    "dinat_mini": 19.984,
+    "nat_small": 50.743,
+    "dinat_large_384_11x11": 201.144,
+    "dinat_s_tiny": 28.288,
+    "dinat_isotropic_base": 86.466,
+}
+MODELS = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS if name not in QUICK)]
 
 
-@pytest.mark.parametrize(
-    "name", [*QUICK, *(pytest.param(x, marks=pytest.mark.slow) for x in VARIANTS if x not in QUICK)]
-)
+@pytest.mark.parametrize("name", MODELS)
 def test_models_count_as_published(name: str) -> None:
     """The tables of models print the published counts, of which layer norms are a part."""
     model = timm.create_model(name, device="meta").eval()
@@ -24,6 +30,8 @@ def test_models_count_as_published(name: str) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(image)
     assert counter.get_total_flops() / 2e9 == pytest.approx(VARIANTS[name].gmacs, rel=0.005, abs=0.05)
+    millions = round(sum(p.numel() for p in model.parameters()) / 1e6, 3)
+    assert millions == QUICK.get(name, millions)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -10,7 +10,6 @@ from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-T = [[1, 8, 1], [1, 4, 1, 4], [1, 2] * 9, [1] * 5]
 SMALL = dict(embed_dim=32, depths=(1, 2, 2, 1), num_classes=10)
 
 
@@ -23,29 +22,15 @@ def dilations_of(model):
     return [[block.attn.window[4] for block in level.blocks] for level in model.levels]
 
 
-# Millions, as published; docs/models.md has those of all models in tenths.
-PARAMETERS = [("dinat_mini", 19.984174), ("nat_small", 50.743), ("dinat_large_384_11x11", 201.144),
-              ("dinat_s_tiny", 28.288), ("dinat_isotropic_base", 86.466)]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "millions"), PARAMETERS)
-def test_parameter_count(name, millions):
-    model = timm.create_model(name, device="meta")
-    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 6 if "mini" in name else 3) == millions
-
-
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
         ("nat_mini", [[1] * 3, [1] * 4, [1] * 6, [1] * 5]),
         ("dinat_mini", [[1, 8, 1], [1, 4, 1, 4], [1, 2] * 3, [1] * 5]),
-        ("dinat_tiny", T),
         ("dinat_large_384", [[1, 13, 1], [1, 6, 1, 6], [1, 3] * 9, [1] * 5]),
-        ("dinat_large_384_11x11", T),
+        ("dinat_large_384_11x11", [[1, 8, 1], [1, 4, 1, 4], [1, 2] * 9, [1] * 5]),
         ("dinat_s_tiny", [[1, 8], [1, 4], [1, 2] * 3, [1, 1]]),
-        ("dinat_s_large_384", [[1, 13], [1, 6], [1, 3] * 9, [1, 1]]),
         ("dinat_isotropic_base", [[1], [2]] * 6),
-        ("nat_isotropic_small", [[1]] * 12),
     ],
 )
 def test_published_dilations_are_the_largest_that_fit(name, expected):
@@ -69,14 +54,6 @@ def test_dilations_of_dense_prediction_are_a_keyword_away(name, expected):
     assert dilations_of(timm.create_model("dinat_tiny", dilations=name, device="meta")) == expected
 
 
-@pytest.mark.parametrize("name", ["dinat_mini", "dinat_s_tiny"])
-@pytest.mark.parametrize("size", [(32, 32), (97, 131)])
-def test_any_size_works(name, size):
-    features = small(name).eval().forward_features(torch.randn(2, 3, *size))
-    assert features.shape == (2, math.ceil(size[0] / 32), math.ceil(size[1] / 32), 256)
-    assert features.isfinite().all()
-
-
 @pytest.mark.parametrize(
     ("options", "image"),
     [
@@ -88,11 +65,13 @@ def test_any_size_works(name, size):
         (dict(dilations=[[1, 2], 1, [(1, 3), 1], 2], depths=(2, 1, 2, 1)), (3, 64, 64)),
         (dict(depths=(1, 1), num_heads=(2, 4), qkv_bias=False, layer_scale=1e-3), (3, 32, 32)),
         (dict(global_pool="max", num_classes=3, drop_block_rate=0.0), (3, 32, 32)),
+        (dict(name="dinat_s_tiny"), (3, 97, 131)),
     ],
 )
 def test_options(options, image):
-    model = small(**options).eval()
-    assert model(torch.randn(1, *image)).shape == (1, options.get("num_classes", 10))
+    found = small(**options).eval()(torch.randn(2, *image))
+    assert found.shape == (2, options.get("num_classes", 10))
+    assert found.isfinite().all()
 
 
 def test_isotropic_options():
@@ -103,32 +82,29 @@ def test_isotropic_options():
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "says"),
+    ("options", "says"),
     [
-        (dict(dilations=[[1], [1]]), ValueError, r"dilations must hold .* depths \(1, 2, 2, 1\)"),
-        (dict(dilations=[[1], [1, 2, 3], [1, 1], [1]]), ValueError, r"dilations must hold .* \[1, 2, 3\]"),
-        (dict(dilations="auto"), ValueError, "pass img_size"),
-        (dict(dilations="pascal"), ValueError, "'coco'.*'pascal'"),
-        (dict(dilations=[0, 1, 1, 1]), ValueError, "dilation must be at least 1"),
-        (dict(patch_size=6), ValueError, "patch_size must be 2, 4, 8 or 16, got 6"),
-        (dict(num_heads=(1, 2)), ValueError, "num_heads must have one value per level"),
-        (dict(num_heads=(3, 3, 3, 3)), ValueError, "num_heads must divide embed_dim"),
-        (dict(window_size=7), TypeError, "window_size"),
-        (dict(weight_init="zeros"), ValueError, "weight_init"),
-        (dict(drop_block_rate=0.1), ValueError, "drop_block_rate .* use drop_path_rate; got 0.1"),
+        (dict(dilations=[[1], [1]]), r"dilations must hold .* depths \(1, 2, 2, 1\)"),
+        (dict(dilations=[[1], [1, 2, 3], [1, 1], [1]]), r"dilations must hold .* \[1, 2, 3\]"),
+        (dict(dilations="auto"), "pass img_size"),
+        (dict(dilations="pascal"), "'coco'.*'pascal'"),
+        (dict(patch_size=6), "patch_size must be 2, 4, 8 or 16, got 6"),
+        (dict(num_heads=(1, 2)), "num_heads must have one value per level"),
+        (dict(num_heads=(3, 3, 3, 3)), "num_heads must divide embed_dim"),
+        (dict(window_size=7), "window_size"),
+        (dict(weight_init="zeros"), "weight_init"),
+        (dict(drop_block_rate=0.1), "drop_block_rate .* use drop_path_rate; got 0.1"),
     ],
 )
-def test_refused_options(options, error, says):
-    with pytest.raises(error, match=says):
+def test_refused_options(options, says):
+    with pytest.raises((ValueError, TypeError), match=says):
         small(**options)
 
 
-def test_refused_images():
-    model, layout = small(), r"image must be \[batch, 3, height, width\], got"
-    refused = {(1, 1, 64, 64): layout, (3, 64, 64): layout, (1, 3, 64, 31): "at least 32 x 32, got 64 x 31"}
-    for shape, says in refused.items():
-        with pytest.raises(ValueError, match=says):
-            model(torch.randn(shape))
+@pytest.mark.parametrize("shape", [(1, 1, 64, 64), (3, 64, 64), (1, 3, 64, 31)])
+def test_refused_images(shape):
+    with pytest.raises(ValueError, match=r"image must be (\[batch, 3, height, width\]|at least 32 x 32), got"):
+        small()(torch.randn(shape))
 
 
 def test_features_in_either_format():
@@ -160,30 +136,24 @@ def test_features_have_norms_of_their_own():
 
 
 def test_initialisation_is_the_authors_and_repeatable():
-    def initialised():
-        """On another device at first, and where it is."""
-        later = timm.create_model("dinat_mini", device="meta").to_empty(device="cpu")
+    options = dict(depths=(1, 1, 1, 1))
+    later, model = timm.create_model("dinat_mini", device="meta", **options), timm.create_model("dinat_mini", **options)
+    later.to_empty(device="cpu").init_weights()
+    for name, parameter in [*later.named_parameters(), *model.named_parameters()]:
+        if name.endswith(".rpb") or (parameter.ndim == 2 and name.endswith("weight")):
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.1), name
+            assert parameter.mean().abs().item() < 5 * 0.02 / math.sqrt(parameter.numel()), name
+        elif "norm" in name and name.endswith("weight"):
+            assert (parameter == 1).all(), name
+        elif parameter.ndim == 1 and "patch_embed.proj" not in name:
+            assert (parameter == 0).all(), name
+        else:
+            assert parameter.isfinite().all(), name
+    for each in (later, model):
         torch.manual_seed(3)
-        later.init_weights()
-        torch.manual_seed(3)
-        return later, timm.create_model("dinat_mini")
-
-    for model in initialised():
-        for name, parameter in model.named_parameters():
-            if name.endswith(".rpb") or (parameter.ndim == 2 and name.endswith("weight")):
-                assert parameter.std().item() == pytest.approx(0.02, rel=0.1), name
-                assert parameter.mean().abs().item() < 5 * 0.02 / math.sqrt(parameter.numel()), name
-            elif "norm" in name and name.endswith("weight"):
-                assert (parameter == 1).all(), name
-            elif parameter.ndim == 1 and "patch_embed.proj" not in name:
-                assert (parameter == 0).all(), name
-            else:
-                assert parameter.isfinite().all(), name
-    torch.manual_seed(3)
-    again = timm.create_model("dinat_mini")
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    scaled = timm.create_model("nat_small", device="meta")
-    assert scaled.levels[0].blocks[0].ls1.init_values == 1e-5
+        each.init_weights()
+    torch.testing.assert_close(later.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert timm.create_model("nat_small", device="meta").levels[0].blocks[0].ls1.init_values == 1e-5
 
 
 def test_gradient_checkpointing_changes_nothing():
@@ -216,10 +186,7 @@ def test_every_parameter_gets_a_gradient_under_autocast(name):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(torch.randn(2, 3, 64, 64)).float().square().mean()
     loss.backward()
-    for parameter_name, parameter in model.named_parameters():
-        assert parameter.grad is not None, parameter_name
-        assert parameter.grad.isfinite().all(), parameter_name
-        assert parameter.grad.abs().sum() > 0, parameter_name
+    assert [n for n, p in model.named_parameters() if p.grad is None or not 0 < p.grad.abs().sum() < math.inf] == []
 
 
 def test_drop_path_rises_linearly():

@@ -1,7 +1,6 @@
 """What launches keep from call to call, on a GPU that is not there."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -15,7 +14,7 @@ from dinat_triton.geometry import Geometry
 from dinat_triton.kernels import attention, prepare
 from dinat_triton.kernels.kept import Kept
 from dinat_triton.offline.targets import find_target
-from tests.oracles.gpu import GPU, Launched, flat, pretended
+from tests.oracles.gpu import GPU, flat, forget_launches, pretended
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernels are interpreted")
 
@@ -29,23 +28,18 @@ KERNELS = {
 
 
 @pytest.fixture
-def gpu(tmp_path: Path) -> Iterator[GPU]:
-    with pretended(find_target("sm_90"), tmp_path) as gpu:
+def gpu() -> Iterator[GPU]:
+    with pretended(find_target("sm_90")) as gpu:
         yield gpu
 
 
 def step(geometry: Geometry, number: int = 0, dropout_p: float = 0.0, shift: int = 0) -> list[Tensor | None]:
     """The results of one training step's launches; its queries begin `shift` numbers behind an aligned address."""
-    generator = torch.Generator().manual_seed(number)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).bfloat16()
-
-    shape = (2, *geometry.shape, 2, 16)
-    query = draw(torch.Size(shape).numel() + shift)[shift:].view(shape)
-    key, value, grad_out = (draw(*shape) for _ in range(3))
-    rpb = draw(2, *geometry.bias_shape)
-    seed = torch.tensor([number]) if dropout_p else None
+    torch.manual_seed(number)
+    shape = torch.Size((2, *geometry.shape, 2, 16))
+    query = torch.randn(shape.numel() + shift).bfloat16()[shift:].view(shape)
+    key, value, grad_out = torch.randn(3, *shape).bfloat16()
+    rpb, seed = torch.randn(2, *geometry.bias_shape).bfloat16(), torch.tensor([number]) if dropout_p else None
     qkv = [query, key, value]
     out, lse = attention.forward(qkv, rpb, seed, geometry, 0.25, dropout_p, True)
     grads = [torch.empty_like(x) for x in qkv]
@@ -53,10 +47,11 @@ def step(geometry: Geometry, number: int = 0, dropout_p: float = 0.0, shift: int
     return [out, lse, *grads, grad_rpb]
 
 
-def plain(launched: Launched) -> tuple:
-    """Without the numbers in its tensors."""
-    arguments = [(x.dtype, x.shape) if isinstance(x, Tensor) else x for x in flat(launched.arguments)]
-    return launched.kernel, launched.variant, launched.grid, arguments
+def launched(gpu: GPU) -> list[tuple]:
+    """What was since the last call, without the numbers in its tensors."""
+    found, gpu.launched = gpu.launched, []
+    plain = [[(x.dtype, x.shape) if isinstance(x, Tensor) else x for x in flat(each.arguments)] for each in found]
+    return [(x.kernel.removesuffix("_kernel"), x.variant, x.grid, y) for x, y in zip(found, plain, strict=True)]
 
 
 def searched(run: Callable[[], object]) -> int:
@@ -68,34 +63,24 @@ def searched(run: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize("geometry", KERNELS)
-def test_a_launch_gives_its_kernel_what_triton_would(gpu: GPU, geometry: Geometry) -> None:
+def test_a_launch_that_is_kept_gives_its_kernel_what_triton_would(gpu: GPU, geometry: Geometry) -> None:
     assert searched(lambda: step(geometry)) == len(KERNELS[geometry])
-    assert [x.kernel.removesuffix("_kernel") for x in gpu.launched] == KERNELS[geometry]
-    by_triton, gpu.launched = gpu.launched, []
-    assert searched(lambda: step(geometry, 1)) == 0
-    assert [plain(x) for x in gpu.launched] == [plain(x) for x in by_triton]
-
-
-@pytest.mark.parametrize("geometry", KERNELS)
-def test_a_launch_that_is_kept_works_on_the_tensors_it_is_given(gpu: GPU, geometry: Geometry) -> None:
-    step(geometry)
-    ours = step(geometry, 1)
-    for cache in (prepare.prepare_forward, prepare.prepare_backward):
-        cache.cache_clear()
+    by_triton, ours = launched(gpu), []
+    assert [name for name, *_ in by_triton] == KERNELS[geometry]
+    assert searched(lambda: ours.extend(step(geometry, 1))) == 0
+    assert launched(gpu) == by_triton
+    assert prepare.prepare_backward.bytes > 4 * sum(geometry.kernel_size)  # of the arrays of all its launches
+    forget_launches()
     torch.testing.assert_close(ours, step(geometry, 1), rtol=0, atol=0)
 
 
 def test_a_launch_searches_again_for_what_triton_tells_apart(gpu: GPU) -> None:
     step(CLOSED)
-    variants = {x.variant for x in gpu.launched}
-    gpu.launched = []
+    variants = {variant for _, variant, *_ in launched(gpu)}
     # The forward and the backward read the shifted query, the sums of the bias gradient do not.
     assert searched(lambda: step(CLOSED, shift=1)) == 2
-    assert len({x.variant for x in gpu.launched} - variants) == 2
+    assert len({variant for _, variant, *_ in launched(gpu)} - variants) == 2
     assert searched(lambda: step(CLOSED)) == 0
-
-
-def test_all_dropout_takes_one_variant(gpu: GPU) -> None:
     step(CLOSED, dropout_p=0.1)
     # Of which Triton could take the first for a constant, the second for aligned, the others for wider.
     for dropout_p in (2**-32, 2**-28, 0.5, 1 - 2**-32):
@@ -111,18 +96,12 @@ def test_results_are_kept_within_their_bounds() -> None:
 
 
 def test_a_pass_of_which_nothing_is_wanted_is_not_launched(gpu: GPU) -> None:
-    for wanted, passes in ((0, {"query_backward_kernel"}), (2, {"query_backward_kernel", "key_backward_kernel"})):
+    for wanted, passes in ((0, {"query_backward"}), (2, {"query_backward", "key_backward"})):
         qkv = [torch.randn(1, *OPEN.shape, 2, 16, dtype=torch.bfloat16, requires_grad=i == wanted) for i in range(3)]
         out = dt.na2d(*qkv, OPEN.kernel_size, rpb=torch.zeros(2, *OPEN.bias_shape), backend="triton")
-        gpu.launched = []
+        launched(gpu)
         out.sum().backward()
-        assert {x.kernel for x in gpu.launched} - {"table_kernel"} == passes
-
-
-def test_a_backward_counts_the_arrays_of_all_its_launches(gpu: GPU) -> None:
-    prepare.prepare_backward.cache_clear()
-    step(OPEN)
-    assert prepare.prepare_backward.bytes > 4 * 129  # its arrays hold at least a column for every key of a window
+        assert {name for name, *_ in launched(gpu)} - {"table"} == passes
 
 
 def test_tokens_that_lie_unevenly_are_copied() -> None:

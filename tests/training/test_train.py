@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -32,22 +31,32 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
-def test_a_run_leaves_weights_metrics_a_curve_and_what_reproduces_it(train, tmp_path: Path, capsys) -> None:
-    assert train(tmp_path / "run", "--checkpoint-hist 2") == 0
+def test_a_run_leaves_weights_metrics_and_a_curve_is_reproduced_and_not_mixed_with_another(
+    train, tmp_path: Path, capsys
+) -> None:
+    run = tmp_path / "run"
+    assert train(run, "--checkpoint-hist 2") == 0
     printed = capsys.readouterr()
     assert "epochs 3 (recipe: 300)" in printed.out
     assert printed.err == ""  # no bar outside a terminal
-    assert Image.open(tmp_path / "run" / "curve.png").size[0] > 400
-    with open(tmp_path / "run" / "metrics.csv", newline="") as file:
+    assert Image.open(run / "curve.png").size[0] > 400
+    with open(run / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["9", "18", "27"]
     best = max(rows, key=lambda row: float(row["top1"]))
     assert f"best: {float(best['top1']):.2f} % top-1 in epoch {best['epoch']}" in printed.out
-    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
-    again = ["--recipe", str(tmp_path / "run" / "args.yaml"), "--out", str(tmp_path / "again"), "--workers", "2"]
+    assert len(list((run / "checkpoints").iterdir())) == 2
+    again = ["--recipe", str(run / "args.yaml"), "--out", str(tmp_path / "again"), "--workers", "2"]
     assert main(["train", *again]) == 0
-    weights, again = (load_file(tmp_path / run / "last.safetensors") for run in ("run", "again"))
+    weights, again = (load_file(tmp_path / name / "last.safetensors") for name in ("run", "again"))
     assert all(torch.equal(tensor, again[name]) for name, tensor in weights.items())
+    capsys.readouterr()
+    assert train(run) == 2
+    assert f"{run} holds a run: --resume auto goes on with it, or name another --out" in error_of(capsys)
+    assert train(run, "--checkpoint-hist 2 --epochs 4 --resume auto --lr 0.5 --workers 1") == 2
+    said = error_of(capsys)
+    assert "--epochs was 3 and is now 4; --lr was 0.001 and is now 0.5" in said
+    assert "workers" not in said
 
 
 def test_fine_tuning_starts_from_weights_with_another_head_and_leaves_frozen_stages(train, tmp_path: Path) -> None:
@@ -159,10 +168,7 @@ def test_shards_are_images_in_any_order(train, pictures: Path, tmp_path: Path, c
         ("--epochs 0", "epochs must be at least 1, got 0"),
         ("--device cuda", "--device cuda cannot be used"),
         ("--model nonsense", "no model 'nonsense'"),
-        ("--opt nonsense", "nonsense"),
-        ("--sched nonsense", "nonsense"),
         ("--aa nonsense", "refused by timm"),
-        ("--model-kwargs nonsense=1", "nonsense"),
         ("--mixup 1 --batch-size 3", "must be an even number"),
         ("--freeze 9", "--freeze must leave something to learn"),
         ("--weights {other}", "does not fit this model"),
@@ -170,7 +176,6 @@ def test_shards_are_images_in_any_order(train, pictures: Path, tmp_path: Path, c
         ("--recipe {typo}", "has an unknown key 'warmup_epoch'; did you mean 'warmup_epochs'?"),
         ("--recipe {words}", "epochs must be int, got 'many'"),
         ("--resume {other}", "is no checkpoint of a run, or damaged"),
-        ("--out {file}/run", "there is no folder"),
         ("--log-with nonsense", "--log-with nonsense is not installed"),
         ("{nothing}", "DATA must be a folder or .tar of images"),
         ("tfds/images", "DATA cannot be a stream"),
@@ -180,31 +185,17 @@ def test_shards_are_images_in_any_order(train, pictures: Path, tmp_path: Path, c
     ],
 )
 def test_bad_input_is_refused(options: str, says: str, pictures: Path, tmp_path: Path, capsys) -> None:
-    names = ("other", "typo", "words", "file", "empty", "nothing")
-    paths = {name: tmp_path / name for name in names} | {"single": tmp_path / "single"}
+    paths = {name: tmp_path / name for name in ("other", "typo", "words", "empty", "nothing", "single")}
     torch.save(timm.create_model("dinat_mini", embed_dim=32, depths=(2, 1), kernel_size=3).state_dict(), paths["other"])
     paths["typo"].write_text("warmup_epoch: 3")
     paths["words"].write_text("epochs: many")
-    paths["file"].touch()
     paths["empty"].mkdir()
     shutil.copytree(pictures / "red", paths["single"] / "red")
     words = options.format(**paths).split()
     data = [] if not words[0].startswith("--") else [str(pictures)]
-    out = [] if "--out" in words else ["--out", str(tmp_path / "run")]
-    assert main(["train", *data, *SMALL.split(), *out, *words]) == 2
+    assert main(["train", *data, *SMALL.split(), "--out", str(tmp_path / "run"), *words]) == 2
     assert says in error_of(capsys)
     assert not (tmp_path / "run").exists()
-
-
-def test_a_run_is_not_mixed_with_another(train, tmp_path: Path, capsys) -> None:
-    assert train(tmp_path, "--epochs 1") == 0
-    capsys.readouterr()
-    assert train(tmp_path, "--epochs 1") == 2
-    assert f"{tmp_path} holds a run: --resume auto goes on with it, or name another --out" in error_of(capsys)
-    assert train(tmp_path, "--epochs 2 --resume auto --lr 0.5 --workers 1") == 2
-    said = error_of(capsys)
-    assert "--epochs was 1 and is now 2; --lr was 0.001 and is now 0.5" in said
-    assert "workers" not in said
 
 
 def test_augmentation_at_its_strongest_posterizes_to_black() -> None:
@@ -220,26 +211,17 @@ def test_every_recipe_is_read_and_kept_whole(name: str, tmp_path: Path) -> None:
     assert set(yaml.safe_load((recipe.FOLDER / f"{name}.yaml").read_text())) <= set(recipe.FIELDS)
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on the digits as they come."""
-    run = tmp_path_factory.mktemp("digits")
-    assert main(["train", "digits", "--out", str(run), "--workers", str(min(1, os.cpu_count() or 0))]) == 0
-    return run
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("runtime", ["onnx", "onnx-int8", "openvino-bfloat16", "bfloat16", "int8"])
-def test_digits_reach_their_accuracy_in_all_numbers(digits: Path, runtime: str) -> None:
-    options = recipe.Recipe(
-        **recipe.read(str(digits / "args.yaml")) | {"weights": str(digits / "best.safetensors"), "workers": 0}
-    )
+def test_digits_reach_their_accuracy_in_all_numbers(tmp_path: Path) -> None:
+    assert main(["train", "digits", "--out", str(tmp_path), "--workers", "1"]) == 0
+    sets = recipe.read(str(tmp_path / "args.yaml")) | {"weights": str(tmp_path / "best.safetensors"), "workers": 0}
+    options = recipe.Recipe(**sets)
     _, samples, classes = data.load(options)
     model = build(options, len(classes), new_classifier=False).eval()
-    loader = data.validation_loader(samples, options, data.data_config(options, model), len(samples))
-    images, labels = next(iter(loader))
-    exact, found = (
-        out.argmax(1).eq(labels).float().mean() for out in (model(images), RUNTIMES[runtime](model, images)())
+    images, labels = next(
+        iter(data.validation_loader(samples, options, data.data_config(options, model), len(samples)))
     )
+    exact = model(images).argmax(1).eq(labels).float().mean()
     assert exact >= 0.97
-    assert found >= exact - 0.003
+    for runtime in ("onnx", "onnx-int8", "openvino-bfloat16", "bfloat16", "int8"):
+        assert RUNTIMES[runtime](model, images)().argmax(1).eq(labels).float().mean() >= exact - 0.003, runtime
