@@ -1,4 +1,4 @@
-"""Where a model's step spends its time: `dinat-triton bench profile`.
+"""Shares of a model's parts in the time of its step: `dinat-triton bench profile`.
 
 A named scope is opened around the forward of each part of a model while torch's profiler runs. A forward operation
 belongs to the innermost scope around it, an operation of the backward to the scope of the forward operation with its

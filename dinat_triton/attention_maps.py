@@ -1,4 +1,4 @@
-"""Where the tokens of a model attend: inputs of its attention layers, and the probabilities of one query."""
+"""Maps of where the tokens of a model attend: inputs of its attention layers, and the probabilities of one query."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ def split_mask(tensors: list[Tensor]) -> tuple[list[Tensor], Tensor | None]:
 
 
 def unpack_grads(grads: list[Tensor | None]) -> list[Tensor | None]:
-    """Where the gradients of query, key and value go; None for those that nobody wants."""
+    """Room for the gradients of query, key and value; None for those that nobody wants."""
     packed = grads[0]
     return grads if len(grads) == 3 or packed is None else [*packed.unbind(-3)]
 

@@ -294,26 +294,18 @@ def modelled_tiles(geometry: Geometry, batch: int, heads: int) -> list[tuple[int
     """
     candidates = Candidates(geometry, MOST_ROWS)
     scores = heads * candidates.rows * candidates.columns
-    nanoseconds = modelled_ns(work_of(candidates, candidates.rows == geometry.num_tokens, geometry, batch, heads))
+    work = _work(candidates, candidates.rows == geometry.num_tokens, geometry, batch, heads)
+    nanoseconds = sum(n * ns for n, ns in zip(work, (SCORE_NS, TOKEN_NS, ENTRY_NS, CLASS_NS), strict=True))
     too_large = np.where(scores > SCORES_AT_ONCE, scores, 0)
     return [tuple(tile) for tile in candidates.tiles[np.lexsort((nanoseconds, too_large))].tolist()]
 
 
-def tile_ns(geometry: Geometry, batch: int, heads: int, tile: tuple[int, ...]) -> float:
-    """Modelled time of a forward, in nanoseconds."""
-    return modelled_ns(tile_work(geometry, batch, heads, tile))
-
-
-def modelled_ns(work: tuple) -> Any:
-    return sum(n * ns for n, ns in zip(work, (SCORE_NS, TOKEN_NS, ENTRY_NS, CLASS_NS), strict=True))
-
-
 def tile_work(geometry: Geometry, batch: int, heads: int, tile: tuple[int, ...]) -> tuple[int, int, int, int]:
     """Scores, gathered tokens, entries of the bias table and tile classes of a choice."""
-    return work_of(Plan(geometry, tile).cost(), prod(tile) == geometry.num_tokens, geometry, batch, heads)
+    return _work(Plan(geometry, tile).cost(), prod(tile) == geometry.num_tokens, geometry, batch, heads)
 
 
-def work_of(counts: Cost | Candidates, is_whole: Any, geometry: Geometry, batch: int, heads: int) -> tuple:
+def _work(counts: Cost | Candidates, is_whole: Any, geometry: Geometry, batch: int, heads: int) -> tuple:
     """`tile_work` of a plan, or of many candidates at once."""
     # A tile that is the whole map is read where it lies.
     tokens = (1 - is_whole * (counts.col_loads == geometry.num_tokens)) * 2 * (geometry.num_tokens + counts.col_loads)
@@ -326,7 +318,7 @@ def tile_key(geometry: Geometry, dtype: torch.dtype, threads: int) -> str:
 
 
 def user_tiles() -> store.Table:
-    """Where `dinat-triton tune` keeps the tiles of this CPU."""
+    """The table in which `dinat-triton tune` keeps the tiles of this CPU."""
     return store.Table("tiles", store.cpu_name(), f"torch {torch.__version__}", SOURCES, tile_of)
 
 

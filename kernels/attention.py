@@ -177,7 +177,7 @@ def _kind(query: Tensor, rpb: Tensor | None) -> tuple[torch.dtype, torch.device,
 
 
 def _keep(dropout_p: float) -> tuple[int, float]:
-    """Where the kept draws begin, and the factor that makes up for the dropped ones."""
+    """The first of the draws that are kept, and the factor that makes up for the dropped ones."""
     return threshold(dropout_p), 1 / (1 - dropout_p)
 
 

@@ -178,7 +178,7 @@ def choose_config(
 
 
 def table_key(pass_: Pass, dim: int, bits: int, biased: bool = True, closed: bool = False) -> str:
-    """Where tables keep the config of a pass. A backward over closed tiles is a pass of its own."""
+    """The key under which tables keep the config of a pass. A backward over closed tiles is a pass of its own."""
     kind = "/closed" if closed and pass_ == Pass.FORWARD else ""
     return f"{pass_}/{dim}/{bits}" + ("" if biased else "/unbiased") + kind
 
@@ -194,7 +194,7 @@ def config_of(key: str, entry: Any) -> Config:
 
 
 def user_table(device: str) -> store.Table:
-    """Where `dinat-triton tune` keeps the configs of a device, or of an architecture that it only modelled."""
+    """The table in which `dinat-triton tune` keeps configs, of a device or of an architecture that it only modelled."""
     return store.Table("configs", device, f"triton {triton.__version__}", SOURCES, config_of)
 
 

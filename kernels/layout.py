@@ -150,7 +150,7 @@ def _windows_without(axis: tuple[AxisTiles, ...], windows: IntArray) -> IntArray
 
 
 def _shifts(windows: list[list[IntArray]]) -> list[int | None]:
-    """Where the bits of each axis begin in a word, behind one for columns and one for rows; None for a long axis."""
+    """The first bit of each axis in a word, behind one for columns and one for rows; None for a long axis."""
     counts = [max(int(window.max()) + 1 for window in axis) for axis in zip(*windows, strict=True)]
     long = counts.index(max(counts)) if 2 + sum(counts) > WORD_BITS else None
     starts = accumulate((0 if axis == long else n for axis, n in enumerate(counts)), initial=2)

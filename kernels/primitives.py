@@ -33,14 +33,14 @@ padded = triton.constexpr_function(padded)
 
 @triton.jit
 def find_head(x, strides, item, head):
-    """Where the tokens of one head of a batch item begin, and how far apart they are."""
+    """First token of one head of a batch item, and the step from token to token."""
     of_item, of_token, of_head = strides
     return x + item * of_item + head * of_head, of_token
 
 
 @triton.jit
 def tile_at(place, tok, CHANNELS: tl.constexpr):
-    """Where the channels of some tokens are, `[tokens, padded(CHANNELS)]`, and which of them exist.
+    """Addresses of the channels of some tokens, `[tokens, padded(CHANNELS)]`, and which of them exist.
 
     `place` is what `find_head` found.
     """

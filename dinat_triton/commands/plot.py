@@ -14,7 +14,6 @@ from dinat_triton.plan import Plan
 from dinat_triton.words import counted
 
 MAX_TOKENS, MAX_FIELD, MAX_PAIRS = 1 << 16, 1 << 20, 1 << 22
-PER_AXIS = "one for all axes, or one per axis"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

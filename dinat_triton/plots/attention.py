@@ -64,7 +64,7 @@ def plot_attention(
     queries: Mapping[str, Position],
     heads: Sequence[int] | None = None,
 ) -> Figure:
-    """Where a query attends, drawn back on the picture: a row per layer, its mean over the heads and each head.
+    """Draws back on the picture where a query attends: a row per layer, its mean over the heads and each head.
 
     Args:
         image: `[3, height, width]` or `[height, width, 3]`, between 0 and 1.

@@ -42,7 +42,7 @@ class Shards:
         return image.convert("RGB"), self.labels[index]
 
     def filename(self, index: int, **_: object) -> str:
-        """Where an image lies."""
+        """The shard of an image, and its place there."""
         return f"{self.paths[self.shard[index]]} from byte {self.start[index]}"
 
     @property

@@ -58,7 +58,7 @@ def packing(
 
 
 def sequences(query: Tensor, key: Tensor, of_queries: Tensor, of_keys: Tensor) -> list[tuple[slice, slice]]:
-    """Where the queries and the keys of each sequence lie; queries after the last one see no keys."""
+    """Ranges of the queries and of the keys of each sequence; queries after the last one see no keys."""
     ends = []
     for name, sums, x in (("cumulative_seqlen_Q", of_queries, query), ("cumulative_seqlen_KV", of_keys, key)):
         ends.append([*sums.tolist(), x.shape[1]])
