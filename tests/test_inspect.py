@@ -13,7 +13,7 @@ from dinat_triton import cli
 from dinat_triton.kernels.configs import Config
 from dinat_triton.layers import Layer, layers_of
 from dinat_triton.offline.assembly import unset
-from dinat_triton.offline.inspect import TOLERATED_SPILLS, KernelVariant, Report, complaints, inspect, variants_of
+from dinat_triton.offline.inspect import TOLERATED_SPILLS, KernelVariant, complaints, inspect, variants_of
 from dinat_triton.offline.targets import TARGETS
 from dinat_triton.passes import Pass
 
@@ -23,19 +23,20 @@ GATED = ("sm_90", "gfx942", *(pytest.param(arch, marks=pytest.mark.slow) for arc
 SLIDING, DENSE = layers_of("dinat_mini@224", batch=128)[:2]
 
 
-def forward_of(layer: Layer, arch: str, dtype: torch.dtype = torch.bfloat16) -> KernelVariant:
-    return next(variant for variant in variants_of(layer, TARGETS[arch], dtype) if variant.name == "forward")
+def variant_of(name: str, layer: Layer, *configs: Config) -> KernelVariant:
+    variants = variants_of(layer, TARGETS["sm_90"], torch.bfloat16, *[configs] if configs else [])
+    return next(variant for variant in variants if variant.name == name)
 
 
-def run_inspect(*arguments: str, jobs: int, out: Path) -> tuple[int, dict[str, dict[str, Any]]]:
-    code = cli.main(["inspect", *arguments, "--jobs", str(jobs), "--out", str(out)])
-    return code, {f"{study['arch']} {study['dim']}": study for study in json.loads(out.read_text())["studies"]}
+def run_inspect(*arguments: str, out: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    code = cli.main(["inspect", *arguments, "--out", str(out)])
+    return code, {study["dim"]: study for study in json.loads(out.read_text())["studies"]}
 
 
 @pytest.mark.parametrize("arch", GATED)
 def test_every_shipped_kernel_passes_and_reads_wide(arch: str, tmp_path: Path) -> None:
-    code, studies = run_inspect("--arch", arch, jobs=1, out=tmp_path / "found.json")
-    kernels, estimates = studies[f"{arch} 32"]["kernels"], studies[f"{arch} 32"]["estimates"]
+    code, studies = run_inspect("--arch", arch, "--jobs", "1", out=tmp_path / "found.json")
+    kernels, estimates = studies[32]["kernels"], studies[32]["estimates"]
     assert code == 0
     assert {k["kernel"].removesuffix("_kernel") for k in kernels} >= {*Pass, "table", "sum_programs", "fold_bias"}
     for kernel in kernels:
@@ -51,7 +52,7 @@ def test_every_shipped_kernel_passes_and_reads_wide(arch: str, tmp_path: Path) -
 
 def test_the_bias_goes_from_memory_straight_into_the_accumulator() -> None:
     """Shared memory holds queries, keys and values, and no tile of scores on its way to other threads."""
-    forward = forward_of(SLIDING, "sm_90")
+    forward = variant_of("forward", SLIDING)
     loaded = forward.constants["ROWS"] + forward.options["num_stages"] * 2 * forward.constants["CHUNK"]
     assert inspect(forward, TARGETS["sm_90"]).shared <= 1.1 * loaded * 32 * 2
 
@@ -61,41 +62,32 @@ def test_the_bias_goes_from_memory_straight_into_the_accumulator() -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_all_other_head_dims(arch: str, dtype: str, tmp_path: Path) -> None:
     dims = ("16", "32", "64", "128", "256")
-    _, studies = run_inspect("--arch", arch, "--dtype", dtype, "--dim", *dims, jobs=2, out=tmp_path / "found.json")
-    for name, study in studies.items():
-        for kernel in study["kernels"]:
-            # ptxas gives up a few bytes of hundreds of registers; what it cannot hold at all is far more. Two gradients
-            # of 256 float32 channels are known to be too much for the key pass.
-            most = 2048 if (dtype, study["dim"]) == ("float32", 256) else 150
-            assert kernel["spills"] <= most, (name, kernel)
-            assert all("spills" in complaint for complaint in kernel["complaints"]), (name, kernel)
-
-
-@pytest.fixture(scope="module")
-def forward_report() -> Report:
-    return inspect(forward_of(DENSE, "sm_90"), TARGETS["sm_90"])
+    _, studies = run_inspect(
+        "--arch", arch, "--dtype", dtype, "--dim", *dims, "--jobs", "2", out=tmp_path / "found.json"
+    )
+    for dim, kernel in ((dim, kernel) for dim, study in studies.items() for kernel in study["kernels"]):
+        # ptxas gives up a few bytes of hundreds of registers; what it cannot hold at all is far more. Two gradients of
+        # 256 float32 channels are known to be too much for the key pass.
+        assert kernel["spills"] <= (2048 if (dtype, dim) == ("float32", 256) else 150), (dim, kernel)
+        assert all("spills" in complaint for complaint in kernel["complaints"]), (dim, kernel)
 
 
 def test_a_config_that_spills_is_reported() -> None:
-    planted = Config(rows=64, one_chunk=64, warps=1, stages=1)
-    variants = variants_of(DENSE, TARGETS["sm_90"], torch.bfloat16, (planted,) * len(Pass))
-    report = inspect(next(variant for variant in variants if variant.name == "closed_backward"), TARGETS["sm_90"])
-    assert report.complaints[0].startswith("spills ")
+    planted = variant_of("closed_backward", DENSE, *[Config(rows=64, one_chunk=64, warps=1, stages=1)] * len(Pass))
+    assert inspect(planted, TARGETS["sm_90"]).complaints[0].startswith("spills ")
 
 
-@pytest.mark.parametrize(
-    ("changed", "complaint"),
-    [
+def test_each_thing_that_can_go_wrong_is_named() -> None:
+    report = replace(inspect(variant_of("forward", DENSE), TARGETS["sm_90"]), spills=TOLERATED_SPILLS)
+    assert complaints(report, TARGETS["sm_90"]) == []
+    for changed, complaint in (
         ({"spills": 104}, "spills 104 bytes"),
         ({"unset": ["UR36"]}, "reads UR36, which nothing has written: a mistake of the compiler"),
         ({"shared": 1 << 20}, "needs 1048576 bytes of shared memory, sm_90 has 232448"),
         ({"exps": 64}, "computes 64 exponentials per thread instead of 32"),
         ({"matrix": {"mma.sync": 16}}, "has no wgmma"),
-    ],
-)
-def test_each_thing_that_can_go_wrong_is_named(changed: dict, complaint: str, forward_report: Report) -> None:
-    assert complaints(replace(forward_report, spills=TOLERATED_SPILLS), TARGETS["sm_90"]) == []
-    assert complaints(replace(forward_report, **changed), TARGETS["sm_90"]) == [complaint]
+    ):
+        assert complaints(replace(report, **changed), TARGETS["sm_90"]) == [complaint]
 
 
 def test_a_register_that_only_the_next_round_of_a_loop_has_written_is_found() -> None:

@@ -1,7 +1,6 @@
 """What the machine for PTX must not let pass."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,96 +36,71 @@ BODY
 def run(body: str, programs: int = 1) -> list[int]:
     """What becomes of numbers that count up. `%rd2` is a thread's own; `%r2`, `%r3` its and another's shared place."""
     x = torch.arange(64, dtype=torch.int32)
+    body = body.replace("; ", ";\n").replace(": ", ":\n")
     ptx.launch(ptx.parse(KERNEL.replace("BODY", body)), (programs, 1, 1), 256, [x])
     return x.tolist()
 
 
-def test_threads_exchange_through_shared_memory() -> None:
-    body = """
-	ld.global.b32 	%r4, [%rd2];
-	st.shared.b32 	[%r2], %r4;
-	bar.sync 	0;
-	ld.shared.b32 	%r5, [%r3];
-	st.global.b32 	[%rd2], %r5;"""
-    assert run(body) == [*range(32, 64), *range(32)]
-    with pytest.raises(Fault, match=r"warps meet in shared memory without a barrier: ld.shared.b32"):
-        run(body.replace("	bar.sync 	0;\n", ""))
-
-
-def test_threads_that_part_meet_again() -> None:
-    parted = """
-	mov.b32 	%r4, 1;
-	@%p1 bra 	$L_few;
-	mov.b32 	%r4, 2;
-$L_few:
-	bar.sync 	0;
-	st.global.b32 	[%rd2], %r4;"""
-    assert run(parted) == [1] * 16 + [2] * 48
-    barrier = "	bar.sync 	0;\n"
-    with pytest.raises(Fault, match="threads that must be together have parted"):
-        run(parted.replace(barrier, "").replace("$L_few:", f"{barrier}$L_few:"))
+COUNT, STORE = list(range(64)), "st.global.b32 [%rd2], %r5;"
+SHARE = "ld.global.b32 %r4, [%rd2]; st.shared.b32 [%r2], %r4; bar.sync 0; ld.shared.b32 %r5, [%r3]; " + STORE
+PART = "mov.b32 %r5, 1; @%p1 bra $L_few; mov.b32 %r5, 2; $L_few: bar.sync 0; " + STORE
+COPY = (
+    "cp.async.ca.shared.global [%r2], [%rd2], 0x4, 4; cp.async.commit_group; cp.async.wait_group 0; "
+    "ld.shared.b32 %r5, [%r2]; " + STORE
+)
 
 
 @pytest.mark.parametrize(
-    ("body", "message"),
+    ("body", "expected"),
     [
-        ("	ld.global.b32 	%r4, [%rd2+4];", "outside the tensors"),
-        ("	st.global.b32 	[%rd1+-4], %r1;", "outside the tensors"),
-        ("	ld.global.b32 	%r4, [%rd2+2];", "4 bytes is misaligned"),
-        ("	ld.global.v2.b32 	{%r4, %r5}, [%rd2];", "8 bytes is misaligned"),
-        ("	ld.shared.b32 	%r4, [%r2+4];", "outside the shared memory"),
+        (SHARE, [*range(32, 64), *range(32)]),
+        (SHARE.replace("bar.sync 0;", ""), "warps meet in shared memory without a barrier: ld.shared.b32"),
+        (PART, [1] * 16 + [2] * 48),
+        (PART.replace("$L_few: bar.sync 0;", "bar.sync 0; $L_few:"), "threads that must be together have parted"),
+        (COPY, COUNT),
+        (COPY.replace("wait_group 0", "wait_group 1"), [-1] * 64),
+        (COPY.replace("[%rd2], 0x4, 4", "[%rd2+4096], 0x4, 0"), [0] * 64),  # nothing is read where nothing is copied
+        ("ld.global.b32 %r4, [%rd2+4];", "outside the tensors"),
+        ("st.global.b32 [%rd1+-4], %r1;", "outside the tensors"),
+        ("ld.global.b32 %r4, [%rd2+2];", "4 bytes is misaligned"),
+        ("ld.global.v2.b32 {%r4, %r5}, [%rd2];", "8 bytes is misaligned"),
+        ("ld.shared.b32 %r4, [%r2+4];", "outside the shared memory"),
+        ("setp.lt.u32 %p2, %r1, 0; @%p2 st.global.b32 [%rd1+-4], %r1;", COUNT),
     ],
 )
-def test_bad_accesses_fault(body: str, message: str) -> None:
-    with pytest.raises(Fault, match=message):
-        run(body)
-    # But not where their predicate does not hold.
-    assert run(f"	setp.lt.u32 	%p2, %r1, 0;\n	@%p2 {body.strip()}") == list(range(64))
+def test_exchanges_and_faults(body: str, expected: list[int] | str) -> None:
+    if isinstance(expected, list):
+        assert run(body) == expected
+    else:
+        with pytest.raises(Fault, match=expected):
+            run(body)
 
 
 @pytest.mark.parametrize("programs", [2, ptx.PROGRAMS_IN_STEP + 1])
 def test_programs_that_write_one_place_fault(programs: int) -> None:
-    body = """
-	mov.u32 	%r4, %ctaid.x;
-	setp.eq.u32 	%p2, %r4, 0;
-	@%p2 st.global.b32 	[%rd2], %r1;"""
-    assert run(body, programs) == list(range(64))
-    last = f"setp.eq.u32 	%p3, %r4, {programs - 1};\n	@%p3 st.global.b32 	[%rd2], %r1;"
+    body = "mov.u32 %r4, %ctaid.x; setp.eq.u32 %p2, %r4, 0; @%p2 st.global.b32 [%rd2], %r1;"
+    assert run(body, programs) == COUNT
     with pytest.raises(Fault, match="two programs write one place"):
-        run(f"{body}\n	{last}", programs)
-
-
-def test_copies_are_there_when_they_have_been_waited_for() -> None:
-    body = """
-	cp.async.ca.shared.global 	[%r2], [%rd2], 0x4, %r9;
-	cp.async.commit_group;
-	cp.async.wait_group 	0;
-	ld.shared.b32 	%r5, [%r2];
-	st.global.b32 	[%rd2], %r5;""".replace("%r9", "4")
-    assert run(body) == list(range(64))
-    assert run(body.replace("wait_group 	0", "wait_group 	1")) == [-1] * 64
-    # Nothing is read where nothing is to be copied.
-    assert run(body.replace("0x4, 4", "0x4, 0").replace("[%rd2], 0x4", "[%rd2+4096], 0x4")) == [0] * 64
+        run(f"{body} setp.eq.u32 %p3, %r4, {programs - 1}; @%p3 st.global.b32 [%rd2], %r1;", programs)
 
 
 @pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernels are interpreted")
-@pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize(
-    ("target", "left_out", "message"),
+    ("target", "dilation", "left_out", "message"),
     [
-        ("sm_80", "bar.sync", "without a barrier"),
-        ("sm_90", "bar.sync", "without a barrier"),
-        ("sm_90", "fence.proxy", "without a fence"),
-        ("sm_100", "bar.sync", "without a barrier"),
-        ("sm_100", "fence.proxy", "without a fence"),
-        ("sm_100", "mbarrier.try_wait", "before a product has been waited for|where matrix units still read"),
+        ("sm_80", 1, "bar.sync", "without a barrier"),
+        ("sm_90", 2, "bar.sync", "without a barrier"),
+        ("sm_90", 1, "fence.proxy", "without a fence"),
+        ("sm_100", 1, "bar.sync", "without a barrier"),
+        ("sm_100", 2, "fence.proxy", "without a fence"),
+        ("sm_100", 1, "mbarrier.try_wait", "before a product has been waited for|where matrix units still read"),
     ],
 )
 def test_the_kernels_need_their_barriers_fences_and_waits(
-    target: str, left_out: str, message: str, dilation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: str, dilation: int, left_out: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parse: Callable[[str], Any] = ptx.parse
     monkeypatch.setattr(ptx, "parse", lambda text: parse(text.replace(left_out, f"// {left_out}")))
     qkv = torch.randn(1, 14, 14, 3, 1, 32, dtype=torch.bfloat16, requires_grad=True)
-    with gpu.pretended(find_target(target), tmp_path), pytest.raises(Fault, match=message):
+    with gpu.pretended(find_target(target)), pytest.raises(Fault, match=message):
         dt.na2d(*qkv.unbind(3), 7, dilation=dilation, backend="triton").sum().backward()

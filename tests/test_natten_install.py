@@ -5,6 +5,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ import dinat_triton as dt
 from dinat_triton.integrations.natten import install, uninstall
 
 RPB = torch.randn(2, 5, 5)
-MAP, CLIP = (9, 8), (4, 5, 6)
 
 
 @pytest.fixture(autouse=True)
@@ -26,12 +26,8 @@ def no_other_natten(monkeypatch: pytest.MonkeyPatch):
     uninstall()
 
 
-def heads_first(x: Tensor) -> Tensor:
-    return x.movedim(-2, 1)
-
-
 def unfused(qk: Callable, av: Callable, q: Tensor, k: Tensor, v: Tensor, *bias: Tensor, **options) -> Tensor:
-    q, k, v = map(heads_first, (q, k, v))
+    q, k, v = (x.movedim(-2, 1) for x in (q, k, v))
     return av(qk(q, k, *bias, 3, 2, **options).softmax(-1), v, 3, 2).movedim(1, -2)
 
 
@@ -39,12 +35,6 @@ def bias_by_position(q, k, v):
     from natten.functional import natten2dav, natten2dqkrpb
 
     return unfused(natten2dqkrpb, natten2dav, q, k, v, RPB)
-
-
-def bias_by_name(q, k, v):
-    from natten.functional import na2d_av, na2d_qk
-
-    return unfused(na2d_qk, na2d_av, q, k, v, rpb=RPB)
 
 
 def autograd_functions(q, k, v):
@@ -67,8 +57,11 @@ def by_version(q, k, v):
     import natten
 
     if tuple(int(part) for part in natten.__version__.split(".")[:2]) < (0, 20):
+        assert not hasattr(natten.functional, "natten2dav")  # which 0.17.5 dropped
         return unfused(natten.functional.na2d_qk, natten.functional.na2d_av, q, k, v)
-    return natten.functional.na2d(q, k, v, kernel_size=3, dilation=2, scale=1.0)
+    assert not hasattr(natten.functional, "na2d_av")
+    wide = torch.cat((v, v), -1)
+    return natten.na2d(q, k, wide, kernel_size=(3, 3), dilation=2, scale=1.0, backend="cutlass-fna")[..., :4]
 
 
 def switches(q, k, v):
@@ -80,6 +73,7 @@ def switches(q, k, v):
 
     natten.use_fused_na(True)
     natten.use_gemm_na(False)
+    natten.use_autotuner(True)
     natten.use_kv_parallelism_in_fused_na(True)
     natten.set_memory_usage_preference("unrestricted")
     assert is_fna_enabled()
@@ -100,66 +94,29 @@ def generic(q, k, v):
     )  # fmt: skip
 
 
-def of_three_axes(q, k, v):
-    import natten
-
-    return natten.na3d(q, k, v, kernel_size=(3, 3, 3), scale=1.0, backend="cutlass-fna")
-
-
-def of_three_axes_with_tiles(q, k, v):
-    from natten import use_autotuner, use_fused_na
-    from natten.functional import FusedNeighborhoodAttention3D
-
-    use_fused_na(True)
-    use_autotuner(True)
-    tiles = ((8, 2, 4), (8, 2, 4)), ((8, 4, 2), (8, 2, 4), (1, 45, 30), False)
-    return FusedNeighborhoodAttention3D.apply(q, k, v, None, (3, 3, 3), (1, 1, 1), (False,) * 3, 1.0, *tiles)
-
-
 def registers(q, k, v):
     from natten.functional import na2d_av, na2d_qk
 
-    q, k, v = map(heads_first, (q, k, v))
-    scores = na2d_qk(q, k, 3, 2, additional_keys=k[:, :, 0, :0])
-    return na2d_av(scores.softmax(-1), v, 3, 2, additional_values=v[:, :, 0, :0]).movedim(1, -2)
+    none = k[:, 0, 0, :, None][:, :, :0]
+    qk, av = partial(na2d_qk, additional_keys=none), partial(na2d_av, additional_values=none)
+    return unfused(qk, av, q, k, v)
 
 
-def wider_values(q, k, v):
-    try:
-        from natten.functional import na2d_av  # noqa: F401
-    except ImportError:
-        from natten import na2d
-    wide = torch.cat((v, v), -1)
-    return na2d(q, k, wide, kernel_size=(3, 3), dilation=(2, 2), stride=1, scale=1.0, backend="cutlass-fna")[..., :4]
-
-
-USERS = [
-    (bias_by_position, "0.14.6"),
-    (bias_by_position, "0.15.1"),
-    (bias_by_position, None),
-    (bias_by_name, "0.17.5"),
-    (autograd_functions, "0.15.1"),
-    (autograd_functions, None),
-    (whichever_there_is, "0.17.3"),
-    (by_version, "0.17.5"),
-    (by_version, "0.21.7"),
-    (switches, "0.17.3"),
-    (generic, "0.21.0"),
-    (generic, None),
-    (of_three_axes, "0.21.7"),
-    (of_three_axes_with_tiles, "0.17.3"),
-    (registers, "0.17.3"),
-    (wider_values, "0.21.7"),
-]
-
-
-@pytest.mark.parametrize(("user", "version"), USERS, ids=lambda x: getattr(x, "__name__", x))
+@pytest.mark.parametrize(
+    ("user", "version"),
+    [
+        *((bias_by_position, version) for version in ("0.14.6", "0.15.1", None)),
+        *((autograd_functions, version) for version in ("0.15.1", None)),
+        *((by_version, version) for version in ("0.17.5", "0.21.7")),
+        *((generic, version) for version in ("0.21.0", None)),
+        *((user, "0.17.3") for user in (whichever_there_is, switches, registers)),
+    ],
+    ids=lambda x: getattr(x, "__name__", x),
+)
 def test_users_code_runs_unchanged(user: Callable, version: str | None) -> None:
-    is_clip = user in (of_three_axes, of_three_axes_with_tiles)
-    qkv = [torch.randn(2, *(CLIP if is_clip else MAP), 2, 4, requires_grad=True) for _ in range(3)]
-    rpb = RPB if user in (bias_by_position, bias_by_name, autograd_functions, switches) else None
-    na, dilation = (dt.na3d, 1) if is_clip else (dt.na2d, 2)
-    expected = na(*qkv, 3, dilation=dilation, rpb=rpb, scale=1.0, backend="reference")
+    qkv = [torch.randn(2, 9, 8, 2, 4, requires_grad=True) for _ in range(3)]
+    rpb = RPB if user in (bias_by_position, autograd_functions, switches) else None
+    expected = dt.na2d(*qkv, 3, dilation=2, rpb=rpb, scale=1.0, backend="reference")
     with install(version):
         out = user(*qkv)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
@@ -174,8 +131,8 @@ def test_a_module_is_asked_for_its_bias_as_its_version_has_it(version: str | Non
         import natten
         from natten import NeighborhoodAttention2D as NeighborhoodAttention
 
-        bias = {"rel_pos_bias": True} if hasattr(natten, "context") else {"bias": True}
-        options = {"qkv_bias": True, "qk_scale": None, "attn_drop": 0.0, "proj_drop": 0.0} | bias
+        options = {"qkv_bias": True, "qk_scale": None, "attn_drop": 0.0, "proj_drop": 0.0}
+        options["rel_pos_bias" if hasattr(natten, "context") else "bias"] = True
         layer = NeighborhoodAttention(8, kernel_size=3, dilation=2, num_heads=2, **options)
     layer.load_state_dict(ours.state_dict())
     x = torch.randn(1, 4, 9, 8)  # smaller than the window
@@ -196,7 +153,6 @@ def test_it_is_undone_without_a_trace() -> None:
 
         assert natten.__version__ == importlib.metadata.version("natten") == "0.17.5"
         assert state()[2] == natten.__file__
-        assert not hasattr(natten.functional, "natten2dav")  # which 0.17.5 dropped
         with pytest.raises(RuntimeError, match=r"installed already: call uninstall\(\) first"):
             install()
     assert state() == before
@@ -204,7 +160,7 @@ def test_it_is_undone_without_a_trace() -> None:
 
 
 def test_scores_can_be_left_out_for_code_that_prefers_them() -> None:
-    q = torch.randn(1, *MAP, 2, 4)
+    q = torch.randn(1, 9, 8, 2, 4)
     with install("0.17.3", scores=False):
         from natten import functional
 

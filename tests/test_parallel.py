@@ -1,6 +1,7 @@
 """Tensor parallelism: two processes with half of the heads each against one process with all of them."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import timm
@@ -26,29 +27,21 @@ def results(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
     x = x.clone().requires_grad_()
     out = module(x)
     out.sin().sum().backward()
-    gradients = {name: whole(parameter.grad) for name, parameter in module.named_parameters()}
-    return {"out": out.detach(), "x": x.grad, **gradients}
+    return {"out": out.detach(), "x": x.grad, **{name: whole(p.grad) for name, p in module.named_parameters()}}
 
 
 def agree(make: Callable[[], nn.Module], x: Tensor, mesh: DeviceMesh, plan: dict) -> None:
     expected, module = results(make(), x), make()
     state = {name: value.clone() for name, value in module.state_dict().items()}
     parallelize_module(module, mesh, plan)
-    for name, value in results(module, x).items():
-        torch.testing.assert_close(
-            value, expected[name], rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}"
-        )
-    for name, value in module.state_dict().items():
-        assert torch.equal(whole(value), state[name])
+    torch.testing.assert_close(results(module, x), expected, rtol=1e-9, atol=1e-11)
+    assert all(torch.equal(whole(value), state[name]) for name, value in module.state_dict().items())
 
 
-def layer(rank: int = 2, **options) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        torch.manual_seed(1)
-        classes = {1: dt.NeighborhoodAttention1D, 2: dt.NeighborhoodAttention2D, 3: dt.NeighborhoodAttention3D}
-        return classes[rank](24, 4, 3, dilation=2, dtype=torch.float64, **options)
-
-    return make
+def layer(rank: int = 2, **options) -> nn.Module:
+    torch.manual_seed(1)
+    kind = dt.NeighborhoodAttention1D if rank == 1 else dt.NeighborhoodAttention2D
+    return kind(24, 4, 3, dilation=2, dtype=torch.float64, **options)
 
 
 def model() -> nn.Module:
@@ -62,17 +55,17 @@ def process() -> None:
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(0)
     x = torch.randn(2, 9, 5, 24, dtype=torch.float64)  # the second axis is shorter than the span, so it is padded
-    agree(layer(rel_pos_bias=True), x, mesh, {"": HeadwiseParallel()})
-    module = parallelize_module(layer(rel_pos_bias=True)(), mesh, {"": HeadwiseParallel()})
+    agree(partial(layer, rel_pos_bias=True), x, mesh, {"": HeadwiseParallel()})
+    module = parallelize_module(layer(rel_pos_bias=True), mesh, {"": HeadwiseParallel()})
     with CommDebugMode() as communication:
         module(x)
     assert communication.get_total_counts() == 1  # the sum of what the heads give
-    agree(layer(rank=1, qkv_bias=False), x[:, :, 0], mesh, {"": HeadwiseParallel()})
+    agree(partial(layer, rank=1, qkv_bias=False), x[:, :, 0], mesh, {"": HeadwiseParallel()})
     styles = {"attn": HeadwiseParallel(), "mlp.fc1": ColwiseParallel(), "mlp.fc2": RowwiseParallel()}
     plan = {f"levels.*.blocks.*.{name}": style for name, style in styles.items()}
     agree(model, torch.randn(2, 3, 40, 48, dtype=torch.float64), mesh, plan)
 
-    module = parallelize_module(layer()(), mesh, {"qkv": ColwiseParallel(), "proj": RowwiseParallel()})
+    module = parallelize_module(layer(), mesh, {"qkv": ColwiseParallel(), "proj": RowwiseParallel()})
     module.num_heads //= 2  # as torch's tutorial says
     with pytest.raises(ValueError, match=r"qkv must have 3 \* 4 heads \* 6 channels, got 36; .*HeadwiseParallel"):
         module(x)

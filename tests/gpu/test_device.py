@@ -14,7 +14,9 @@ from torch import Tensor, nn
 import dinat_triton as dt
 from dinat_triton import dispatch
 from dinat_triton.bench.layers import graphed
+from dinat_triton.kernels import attention
 from dinat_triton.layers import Layer, layers_of
+from dinat_triton.tuner.layer_run import LayerRun
 from tests.oracles import sampling
 from tests.oracles.cases import NA, Case, check, check_narrow, make_case
 from tests.oracles.sampling import Sample
@@ -80,10 +82,10 @@ DIMS = [(dim, torch.bfloat16) for dim in (8, 12, 16, 24, 40, 48, 64, 80, 128, 19
 DIMS += [(dim, torch.float32) for dim in (16, 64, 128, 256)] + [(32, torch.float16)]
 
 
+@pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize(("dim", "dtype"), DIMS)
-def test_head_dims(dim: int, dtype: torch.dtype, poisoned: None) -> None:
-    for dilation in (1, 2):
-        judge(case(dilation, dims=(dim, max(8, dim // 2))), dtype)
+def test_head_dims(dim: int, dtype: torch.dtype, dilation: int, poisoned: None) -> None:
+    judge(case(dilation, dims=(dim, max(8, dim // 2))), dtype)
 
 
 NAMES = ("dinat_mini@224", "dinat_mini@384", "dinat_mini@coco", "dinat_large@224")
@@ -92,36 +94,28 @@ NAMES = ("dinat_mini@224", "dinat_mini@384", "dinat_mini@coco", "dinat_large@224
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layer", [layer for name in NAMES for layer in layers_of(name, batch=2)], ids=str)
 def test_layers_of_the_models(layer: Layer, dtype: torch.dtype) -> None:
-    from dinat_triton.kernels import attention
-    from dinat_triton.tuner.layer_run import LayerRun
-
     assert LayerRun(layer, dtype, torch.device(DEVICE), attention, lambda _: {}).check(None) is None
 
 
-@pytest.mark.parametrize("allow", [False, True])
-def test_float32_products_follow_torch(allow: bool) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = allow
-    check(case())
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_dropout_and_float32_products_as_torch_allows_them(dilation: int) -> None:
+    for allow in (False, True):
+        torch.backends.cuda.matmul.allow_tf32 = allow
+        check(case(dilation))
+        check(case(dilation, dropout_p=0.3))
 
 
 @pytest.mark.parametrize("dilation", [1, 2])
-def test_dropout_is_the_same_everywhere(dilation: int) -> None:
-    check(case(dilation, dropout_p=0.3))
-
-
-@pytest.mark.parametrize("dilation", [1, 2])
-def test_equal_runs_give_equal_bits(dilation: int) -> None:
+def test_equal_runs_and_packed_tensors_give_equal_bits(dilation: int) -> None:
     problem = case(dilation, (28, 28), batch=32)
     first, again = (problem.run("triton", torch.bfloat16) for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)
-
-
-def test_a_packed_projection_gets_a_packed_gradient() -> None:
     packed = draw(2, 14, 14, 3, 2, 32).requires_grad_()
-    out = torch.ops.dinat_triton.na([packed], [7, 7, 1, 1, 2, 2, 0, 0, 0, 0], None, None, 0.0, False, "triton")[0]
+    window = [7, 7, 1, 1, dilation, dilation, 0, 0, 0, 0]
+    out = torch.ops.dinat_triton.na([packed], window, None, None, 0.0, False, "triton")[0]
     together = torch.autograd.grad(out.float().sum(), packed)[0]
     parts = [x.detach().contiguous().requires_grad_() for x in packed.unbind(-3)]
-    apart = torch.autograd.grad(dt.na2d(*parts, 7, dilation=2, backend="triton").float().sum(), parts)
+    apart = torch.autograd.grad(dt.na2d(*parts, 7, dilation=dilation, backend="triton").float().sum(), parts)
     assert torch.equal(together, torch.stack(apart, -3))
 
 
@@ -194,19 +188,15 @@ def test_a_graph_keeps_what_it_reads() -> None:
     assert still() is not None
 
 
-def test_it_is_what_runs_by_default() -> None:
-    x = draw(1, 8, 8, 1, 16)
-    assert dispatch.resolve(None, x, x, x, None) == "triton"
-
-
 def test_the_registered_op_passes_opcheck() -> None:
     packed, rpb = (draw(*shape, dtype=torch.float32).requires_grad_() for shape in ((1, 9, 9, 3, 2, 16), (2, 5, 5)))
     arguments = ([packed], rpb, None, [3, 3, 1, 1, 2, 2, 0, 0, 0, 0], 0.25, 0.0, True, "triton")
     torch.library.opcheck(torch.ops.dinat_triton.fused.default, arguments)
 
 
-def test_tensors_elsewhere_are_refused() -> None:
+def test_it_runs_by_default_and_refuses_tensors_elsewhere() -> None:
     here, there = (torch.zeros(1, 8, 8, 1, 16, device=device) for device in (DEVICE, "cpu"))
+    assert dispatch.resolve(None, here, here, here, None) == "triton"
     with pytest.raises((ValueError, RuntimeError), match=r"device|cpu|cuda"):
         dt.na2d(here, there, here, 3, backend="triton")
     with pytest.raises(RuntimeError, match="cannot run this call"):
@@ -218,8 +208,8 @@ def test_a_launch_that_is_kept_serves_other_tensors(dilation: int) -> None:
     """Other values, other addresses, aligned or not, dropout between them, another stream."""
     side = torch.cuda.Stream()
     for _ in range(2):
-        check(case(dilation, (28, 28)))
         shifted = case(dilation, (28, 28))
+        check(shifted)
         shifted.leaves = [torch.cat([x.new_zeros(1), x.flatten()]).float()[1:].view(x.shape) for x in shifted.leaves]
         assert all(x.data_ptr() % 16 for x in shifted.leaves)
         check(shifted)

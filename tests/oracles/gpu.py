@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -22,6 +22,8 @@ from tests.oracles.ptx.language import Instruction
 
 # What does not fit is refused, as by Triton's own launcher.
 INTEGERS = {"i32": "i4", "u32": "u4", "i64": "i8", "u64": "u8"}
+# What was compiled, until the process ends.
+CACHE = tempfile.TemporaryDirectory()
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,10 @@ class GPU:
     def __init__(self, target: Target):
         self.target = target
         self.launched: list[Launched] = []
-        properties = {"max_shared_mem": target.shared}
+        self.get_current_device = self.get_current_stream = lambda *device: 0
+        self.get_current_target = lambda: target.triton
         self.utils = SimpleNamespace(
-            get_device_properties=lambda device: properties,
+            get_device_properties=lambda device: {"max_shared_mem": target.shared},
             load_binary=lambda name, binary, *_: (None, ptx.parse(binary.decode()), 0, 0, 1024),
             unload_module=lambda *module: None,
         )
@@ -59,30 +62,25 @@ class GPU:
             x: int, y: int, z: int, stream: int, kernel: ptx.Kernel, packed: Any, launched: Any, enter: Any, leave: Any,
             *arguments: Any,
         ) -> None:  # fmt: skip
-            pairs = zip(flat(arguments), flat(source.signature.values()), strict=True)
-            passed = [
-                np.array(x, INTEGERS[kind]) if kind in INTEGERS else x for x, kind in pairs if kind != "constexpr"
-            ]
+            kinds = flat(source.signature.values())
+            pairs = [x for x in zip(flat(arguments), kinds, strict=True) if x[1] != "constexpr"]
+            passed = [np.array(x, INTEGERS[kind]) if kind in INTEGERS else x for x, kind in pairs]
             self.launched.append(Launched(metadata.name, metadata.hash, kernel.code, (x, y, z), arguments))
             ptx.launch(kernel, (x, y, z), metadata.shared, passed)
 
         return run
 
-    def get_current_device(self) -> int:
-        return 0
 
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self):
-        return self.target.triton
+def forget_launches() -> None:
+    """Has launches prepared anew."""
+    for cache in (prepare.prepare_forward, prepare.prepare_backward):
+        cache.cache_clear()
 
 
 @contextmanager
-def pretended(target: Target, cache: Path) -> Iterator[GPU]:
-    """The Triton backend takes the CPU's tensors for this GPU's; what was compiled stays in `cache`."""
+def pretended(target: Target) -> Iterator[GPU]:
+    """The Triton backend takes the CPU's tensors for this GPU's."""
     gpu, previous = GPU(target), driver._active
-    kernels = [kernel for kernel in vars(prepare).values() if isinstance(kernel, JITFunction)]
     with (
         # The driver takes PTX for its binary.
         mock.patch.object(CUDABackend, "make_cubin", lambda self, source, *_: source.encode()),
@@ -90,15 +88,14 @@ def pretended(target: Target, cache: Path) -> Iterator[GPU]:
         mock.patch.object(support, "why_not", return_value=None),
         triton.knobs.cache.scope(),
     ):
-        triton.knobs.cache.dir = str(cache)
+        triton.knobs.cache.dir = CACHE.name
         driver.set_active(gpu)
-        for cache in (prepare.prepare_forward, prepare.prepare_backward):
-            cache.cache_clear()
+        forget_launches()
         try:
             yield gpu
         finally:
             driver.set_active(previous)
-            for cache in (prepare.prepare_forward, prepare.prepare_backward):
-                cache.cache_clear()
-            for kernel in kernels:
-                kernel.device_caches.clear()
+            forget_launches()
+            for kernel in vars(prepare).values():
+                if isinstance(kernel, JITFunction):
+                    kernel.device_caches.clear()

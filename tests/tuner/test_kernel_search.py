@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,6 @@ pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kern
 TARGET = TARGETS["sm_90"]
 DENSE = Layer("7x7-d1", (7, 7), 2, (1, 1), batch=2)
 SLIDING = Layer("14x14-d1", (14, 14), 2, (1, 1), 3, batch=2)
-Seconds = Callable[[str, Config], float | Rejection]
 
 
 @pytest.fixture(autouse=True)
@@ -52,17 +52,9 @@ def compiler(judge: Callable[[KernelVariant], dict[str, object]] = lambda varian
     return submit
 
 
-def search(layers: list[Layer], seconds: Seconds | None = None, submit: Submit | None = None, **options) -> Found:
-    budget = options.pop("budget", Budget(1e6))
-    clock_of = None if seconds is None else lambda layer: lambda name, chosen: seconds(name, chosen[name])
-    clock_of = options.pop("clock_of", clock_of)
+def search(layers: list[Layer], clock_of: Any = None, submit: Submit | None = None, **options) -> Found:
     ranked = Model(TARGET, torch.bfloat16, submit or compiler())
-    return KernelSearch(layers, ranked, budget, clock_of, **options).run()[0]
-
-
-def entry_of(found: Found, name: str, layer: Layer | None = None) -> dict[str, int] | None:
-    own = "" if layer is None else f"/{store.geometry_key(layer.geometry)}/{layer.maps}"
-    return found.entries[f"{name}/32/16{own}"]
+    return KernelSearch(layers, ranked, Budget(1e6), clock_of, **options).run()[0]
 
 
 @pytest.mark.parametrize("name", IN_TURN)
@@ -77,8 +69,9 @@ def test_plans_that_cost_too_much_are_no_candidates(name: str) -> None:
 
 def test_no_dropped_config_is_run_and_the_best_with_fewer_registers_too() -> None:
     ran: set[Config] = set()
+    seconds = lambda name, chosen: ran.add(chosen[name]) or 1.0  # noqa: E731
     spilling = compiler(lambda variant: {"complaints": ["spills"] * (variant.options["num_warps"] == 2)})
-    search([SLIDING], lambda name, config: ran.add(config) or 1.0, spilling)
+    search([SLIDING], lambda layer: seconds, spilling)
     assert {config.warps for config in ran} == {1, 4, 8}
     assert min(config.registers for config in ran) < max(config.registers for config in ran) == 255
     found = search([DENSE, SLIDING], submit=compiler(lambda variant: {"complaints": ["spills"]}))
@@ -88,12 +81,11 @@ def test_no_dropped_config_is_run_and_the_best_with_fewer_registers_too() -> Non
 def test_planted_slow_and_wrong_configs_lose() -> None:
     """The estimate cannot tell stages apart here, so only the planted times decide."""
 
-    def seconds(name: str, config: Config) -> float | Rejection:
-        if config.stages == 3:
-            return Rejection("wrong out (error 3.0e-01)")
-        return 1.0 if config.stages == 5 else 5.0
+    def seconds(name: str, chosen: dict[str, Config]) -> float | Rejection:
+        stages = chosen[name].stages
+        return Rejection("wrong out (error 3.0e-01)") if stages == 3 else 1.0 if stages == 5 else 5.0
 
-    found = search([SLIDING], seconds)
+    found = search([SLIDING], lambda layer: seconds)
     rows = {row.name: row for row in found.rows}
     assert set(rows) == {"forward", "query_backward", "key_backward"}
     assert all((row.before, row.after, row.choice.stages) == (5.0, 1.0, 5) for row in rows.values())
@@ -105,15 +97,14 @@ def test_a_layer_gets_its_own_config_only_if_the_general_one_is_worse_for_it(mon
     monkeypatch.setattr(kernel_search, "GENERAL", 99)
     best = {DENSE: 64, SLIDING: 32}
     clock_of = lambda layer: lambda name, chosen: 1.0 if chosen[name].rows == best[layer] else 2.0  # noqa: E731
-    found = search([SLIDING, DENSE], clock_of=clock_of)
-    assert entry_of(found, "forward")["rows"] == 32  # three sliding layers to one dense
-    assert entry_of(found, "forward", SLIDING) is None
-    assert entry_of(found, "forward", DENSE)["rows"] == 64
+    found = search([SLIDING, DENSE], clock_of)
+    assert found.entries["forward/32/16"]["rows"] == 32  # three sliding layers to one dense
+    assert found.entries["forward/32/16/14x14-k7x7-d1x1/4"] is None
+    assert found.entries["forward/32/16/7x7-k7x7-d1x1/4"]["rows"] == 64
     rows = {(row.layer, row.changed) for row in found.rows if row.name == "forward"}
     assert rows == {(SLIDING, False), (DENSE, True)}
-    alone = search([SLIDING], clock_of=clock_of, general=False)
-    assert alone.entries
-    assert all(key.endswith("/14x14-k7x7-d1x1/4") for key in alone.entries)
+    alone = search([SLIDING], clock_of, general=False)
+    assert {key.split("/", 3)[-1] for key in alone.entries} == {"14x14-k7x7-d1x1/4"}
 
 
 def test_without_a_gpu_the_estimate_decides_for_the_passes_that_a_layer_has() -> None:

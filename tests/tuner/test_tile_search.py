@@ -1,7 +1,7 @@
 """Tuning the tiles of the CPU, and the command around all tuning."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,22 +28,16 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget_tuned: Callabl
     return tmp_path / "cache"
 
 
-def tune(seconds: dict[Tile, float], wrong: Tile | None = None, budget: float = 1e6) -> Found:
-    """What is found where tiles take so long; by default a second."""
-
-    def clock(tile: Tile, backward: bool) -> float | Rejection:
-        return Rejection("wrong dk") if tile == wrong else seconds.get(tile, 1.0)
-
-    return tune_tiles([LAYER], torch.float32, Budget(budget), clock_of=lambda layer: clock)[0]
-
-
 def test_planted_slow_and_wrong_tiles_lose_and_the_fast_one_is_stored() -> None:
-    found = tune({RANKED[0]: 9.0, RANKED[1]: 0.1, RANKED[2]: 0.5}, wrong=RANKED[1])
+    def clock(tile: Tile, backward: bool) -> float | Rejection:
+        seconds = {RANKED[0]: 9.0, RANKED[2]: 0.5}
+        return Rejection("wrong dk") if tile == RANKED[1] else seconds.get(tile, 1.0)
+
+    found = tune_tiles([LAYER], torch.float32, Budget(1e6), clock_of=lambda layer: clock)[0]
     assert found.entries == {KEY: list(RANKED[2])}
     assert found.wrong == [f"24x24-d1 h4 b1 {RANKED[1]}: wrong dk"]
-    assert found.rows == [
-        Row(LAYER, "forward", 9.0, 0.5, RANKED[2], True), Row(LAYER, "forward+backward", 18.0, 1.0, RANKED[2], True)
-    ]  # fmt: skip
+    forward, step = (Row(LAYER, name, 9.0, 0.5, RANKED[2], True) for name in ("forward", "forward+backward"))
+    assert found.rows == [forward, replace(step, before=18.0, after=1.0)]
 
 
 def test_a_wrong_backend_is_noticed() -> None:
@@ -68,23 +62,18 @@ def test_a_wrong_backend_is_noticed() -> None:
     assert "out (error nan)" in missing.reason
 
 
-def planted_samples(constants: dict[str, float]) -> list[Sample]:
-    samples = []
-    for layer in layers_of("dinat_mini@224"):
-        for tile in tiled.modelled_tiles(layer.geometry, 1, layer.heads)[:4]:
-            units = tiled.tile_work(layer.geometry, 1, layer.heads, tile)
-            samples.append(Sample(layer, tile, units, sum(map(float.__mul__, map(float, units), constants.values()))))
-    return samples
-
-
 def test_planted_constants_are_found_and_none_is_negative() -> None:
-    planted = dict(zip(CONSTANTS, (2.0, 5.0, 0.0, 40_000.0), strict=True))
-    assert fit(planted_samples(planted)) == pytest.approx(planted, rel=1e-6, abs=1e-6)
-    assert min(fit(planted_samples(planted | {CONSTANTS[-1]: -500.0})).values()) >= 0
+    def found(*constants: float) -> dict[str, float]:
+        samples = []
+        for layer in layers_of("dinat_mini@224"):
+            for tile in tiled.modelled_tiles(layer.geometry, 1, layer.heads)[:4]:
+                units = tiled.tile_work(layer.geometry, 1, layer.heads, tile)
+                samples.append(Sample(layer, tile, units, sum(a * b for a, b in zip(units, constants, strict=True))))
+        return fit(samples)
 
-
-def run(*arguments: str) -> int:
-    return cli.main(["tune", *arguments])
+    planted = (2.0, 5.0, 0.0, 40_000.0)
+    assert found(*planted) == pytest.approx(dict(zip(CONSTANTS, planted, strict=True)), rel=1e-6, abs=1e-6)
+    assert min(found(2.0, 5.0, 0.0, -500.0).values()) >= 0
 
 
 def test_the_cpu_is_tuned_for_real(
@@ -94,10 +83,10 @@ def test_the_cpu_is_tuned_for_real(
     slow = tuple(1 for _ in layer.shape)
     ranked = [slow, *tiled.modelled_tiles(layer.geometry, 1, layer.heads)[:2]]
     monkeypatch.setattr(tiled, "modelled_tiles", lambda *_: ranked)
-    arguments = ("--device", "cpu", "--layers", "dinat_mini@224:7x7-d1", "--budget", "30")
-    assert run(*arguments, "--dry-run") == 0
+    arguments = ["tune", "--device", "cpu", "--layers", "dinat_mini@224:7x7-d1", "--budget", "30"]
+    assert cli.main([*arguments, "--dry-run"]) == 0
     assert not cache.exists()
-    assert run(*arguments) == 0
+    assert cli.main(arguments) == 0
     forget_tuned()
     assert tiled.choose_tile(layer.geometry, 1, layer.heads) in ranked[1:]
 
@@ -116,11 +105,12 @@ def test_modelled_configs_are_used_and_exported(
     monkeypatch.setattr(kernel_search, "tune_kernels", search)
     folder = tmp_path / "shipped"
     folder.mkdir()
-    assert run("--arch", "sm_80", "--out", str(folder)) == 0
+    arguments = ["tune", "--arch", "sm_80", "--out", str(folder)]
+    assert cli.main(arguments) == 0
     forget_tuned()
     geometry = layers_of("dinat_mini@224")[-1].geometry
     assert configs.choose_config("forward", 32, 16, "sm_80", "", geometry, 256) == Config(rows=32)
-    assert run("--arch", "sm_80", "--out", str(folder)) == 2  # it is there already
+    assert cli.main(arguments) == 2  # it is there already
     monkeypatch.setattr(configs, "TABLES", folder)
     monkeypatch.setenv(store.ENVIRONMENT, str(tmp_path / "nobody"))
     forget_tuned()

@@ -19,12 +19,7 @@ class Address:
     offset: int
 
 
-@dataclass(frozen=True)
-class Float:
-    bits: int
-
-
-# A name of a register, label or parameter; a number; a place in memory; several of them.
+# A name of a register, label or parameter; a number, or a float's bits; a place in memory; several of them.
 Operand = Any
 
 
@@ -48,19 +43,11 @@ class Instruction:
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """A compiled kernel.
+    """A compiled kernel: its instructions, and the one that each label stands before."""
 
-    Attributes:
-        threads: Of a program.
-        parameters: Types by name, in order.
-        registers: Types by the first letters of a register's name.
-        code: Its instructions.
-        labels: The instruction each stands before.
-    """
-
-    threads: int
-    parameters: dict[str, str]
-    registers: dict[str, str]
+    threads: int  # of a program
+    parameters: dict[str, str]  # types by name, in order
+    registers: dict[str, str]  # types by the first letters of a register's name
     code: list[Instruction]
     labels: dict[str, int]
 
@@ -111,7 +98,7 @@ def _operand(text: str) -> Operand:
     if "|" in text:
         return [_operand(x) for x in text.split("|")]
     if text.startswith("0f"):
-        return Float(int(text[2:], 16))
+        return int(text[2:], 16)
     if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)U?", text):
         return int(text.rstrip("U"), 0)
     return 0 if text == "global_smem" else text  # all shared memory there is

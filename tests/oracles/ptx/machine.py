@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from tests.oracles.ptx.language import Address, Float, Instruction, Kernel, Operand
-from tests.oracles.ptx.memory import UNWRITTEN, Array, Fault, Global, Groups, Memory, Products, Shared, TensorMemory
+from tests.oracles.ptx.language import Address, Instruction, Kernel, Operand
+from tests.oracles.ptx.memory import UNWRITTEN, Array, Fault, Global, Groups, Memory, Shared, TensorMemory
 
 LANES = 32
 ENDED = np.iinfo(int).max
@@ -41,7 +42,9 @@ class Machine:
         self.registers: dict[str, Array] = {name: x.astype("u4") for name, x in numbers.items()}
         self.shared = Shared(len(programs), shared)
         self.copies, self.products = Groups(len(self.threads)), Groups(len(self.threads))
-        self.tensor_memory, self.tensor_products = TensorMemory(len(programs)), Products()
+        self.tensor_memory, self.tensor_products = TensorMemory(len(programs)), Groups(len(programs))
+        # How many groups of a program's products an mbarrier waits for.
+        self.barriers: defaultdict[int, Array] = defaultdict(lambda: np.zeros(len(programs), int))
         scratch = [0] * (len(kernel.parameters) - len(values))  # Triton's, which no kernel here needs
         parameters = zip(kernel.parameters.items(), values + scratch, strict=True)
         self.parameters = {name: np.array(x).astype(kind) for (name, kind), x in parameters}
@@ -58,7 +61,10 @@ class Machine:
             round_at = behind - at
             while True:
                 instruction = code[at]
-                self.running = together & self._allowed(instruction)
+                self.running = together
+                if instruction.guard is not None:
+                    predicate, holds = instruction.guard
+                    self.running = together & (self.read(predicate, "?") == holds)
                 at += 1
                 waiting[together] = round_at + at
                 if instruction.operation == "bra":
@@ -72,12 +78,6 @@ class Machine:
                         continue
                 break
 
-    def _allowed(self, instruction: Instruction) -> Array:
-        if instruction.guard is None:
-            return np.array(True)
-        predicate, holds = instruction.guard
-        return self.read(predicate, "?") == holds
-
     def _execute(self, instruction: Instruction) -> None:
         if instruction.operation not in OPERATIONS:
             raise NotImplementedError(instruction.text)
@@ -90,8 +90,6 @@ class Machine:
         """A value for each thread, or one for all."""
         if isinstance(operand, str):
             return self._register(operand).view(kind)
-        if isinstance(operand, Float):
-            return np.array(operand.bits, "u4").view(kind)
         if kind == "?":
             return np.array(operand != 0)
         size = np.dtype(kind).itemsize

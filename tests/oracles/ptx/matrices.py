@@ -33,7 +33,8 @@ def multiply_in_warpgroups(machine: Machine, instruction: Instruction, *operands
     if form == "commit_group":
         machine.products.commit(groups.ravel())
     elif form == "wait_group":
-        for owner, place in machine.products.wait(groups.ravel(), operands[0]):
+        until = machine.products.committed[groups.ravel()] - operands[0]
+        for owner, place in machine.products.wait(groups.ravel(), until):
             machine.shared.load(place, "u2", machine.warp[owner])
     elif form == "mma_async":
         d, a, b, adds, _, _, *transposed = operands
@@ -106,7 +107,10 @@ def elect(machine: Machine, instruction: Instruction, to: list[str], _: int) -> 
 def wait_for_products(machine: Machine, instruction: Instruction, *operands: Operand) -> None:
     if instruction.parts[1] == "try_wait":
         complete, barrier, _ = operands
-        machine.tensor_products.wait(machine.program[machine.running], _barrier(machine, barrier))
+        programs, until = _waiting(machine, barrier)
+        for _, *where in machine.tensor_products.wait(programs, until[programs]):
+            uses = machine.shared.in_use if len(where) == 1 else machine.tensor_memory.in_use
+            uses[tuple(where)] -= 1
         machine.write(complete, np.ones(1, bool))
 
 
@@ -120,12 +124,15 @@ def use_tensor_memory(machine: Machine, instruction: Instruction, *operands: Ope
     elif form == "mma":
         multiply_in_tensor_memory(machine, *operands)
     elif form == "commit":
-        machine.tensor_products.commit(machine.program[machine.running], _barrier(machine, *operands))
+        programs, until = _waiting(machine, *operands)
+        machine.tensor_products.commit(programs)
+        until[programs] = machine.tensor_products.committed[programs]
 
 
-def _barrier(machine: Machine, address: Address) -> int:
+def _waiting(machine: Machine, address: Address) -> tuple[Array, Array]:
+    """The running programs, and the groups that each program's barrier at this address waits for."""
     (barrier,) = np.unique(machine.address(machine.threads[machine.running], address))
-    return int(barrier)
+    return np.unique(machine.program[machine.running]), machine.barriers[int(barrier)]
 
 
 def allocate(machine: Machine, address: Address, columns: int) -> None:
@@ -178,13 +185,15 @@ def multiply_in_tensor_memory(machine: Machine, d: Address, a: Operand, b: str, 
 
     def place(address: Address, size: int) -> tuple[Array, ...]:
         base = machine.address(first, address)[:, None, None]
-        found = programs[:, None, None], (base >> 16) + lane[:, None], (base & 0xFFFF) + np.arange(size)
-        machine.tensor_products.begin(programs, machine.tensor_memory.in_use, found)
-        return found
+        where = programs[:, None, None], (base >> 16) + lane[:, None], (base & 0xFFFF) + np.arange(size)
+        machine.tensor_memory.in_use[where] += 1
+        machine.tensor_products.begin(programs, *np.broadcast_arrays(*where))
+        return where
 
     def shared(descriptor: str, rows: int, transposed: int) -> Array:
         place = _shared_matrix(machine, descriptor, rows, depth, transposed, groups)
-        machine.tensor_products.begin(programs, machine.shared.in_use, (2 * place,))
+        machine.shared.in_use[2 * place] += 1
+        machine.tensor_products.begin(programs, 2 * place)
         return HALVES[kind].decode(machine.shared.use(place, "u2", 0))
 
     if isinstance(a, Address):

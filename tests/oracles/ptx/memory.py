@@ -127,22 +127,22 @@ class TensorMemory:
 
 
 class Groups:
-    """Work that runs beside the threads, until a thread waits for the group that it belongs to."""
+    """Work that runs beside its owners, threads or programs, until they wait for the group that it belongs to."""
 
-    def __init__(self, threads: int):
-        self.committed = np.zeros(threads, int)
+    def __init__(self, owners: int):
+        self.committed = np.zeros(owners, int)
         self.running: list[tuple[Array, Array, tuple[Array, ...]]] = []
 
-    def begin(self, threads: Array, *work: Array) -> None:
-        self.running.append((threads, self.committed[threads], work))
+    def begin(self, owners: Array, *work: Array) -> None:
+        self.running.append((owners, self.committed[owners], work))
 
-    def commit(self, threads: Array) -> None:
-        self.committed[threads] += 1
+    def commit(self, owners: Array) -> None:
+        self.committed[owners] += 1
 
-    def wait(self, threads: Array, latest: int) -> Iterator[tuple[Array, ...]]:
-        """The work of these threads' groups but for so many of the latest, each piece with its thread."""
+    def wait(self, owners: Array, groups: Array) -> Iterator[tuple[Array, ...]]:
+        """The work in so many first groups of these owners, each piece with its owner."""
         until = np.zeros_like(self.committed)
-        until[threads] = self.committed[threads] - latest
+        until[owners] = groups
         running, self.running = self.running, []
         for owner, group, work in running:
             done = group < until[owner]
@@ -150,27 +150,3 @@ class Groups:
                 yield owner[done], *(x[done] for x in work)
             if not done.all():
                 self.running.append((owner[~done], group[~done], tuple(x[~done] for x in work)))
-
-
-class Products:
-    """What matrix products read and write, `[programs, ...]`, until their barrier has been waited for."""
-
-    def __init__(self) -> None:
-        self.running: list[tuple[Array, Array, Array, list[Array]]] = []
-
-    def begin(self, programs: Array, uses: Array, where: tuple[Array, ...]) -> None:
-        """`uses` counts, for each place, the products that read or write there."""
-        uses[where] += 1
-        self.running.append((programs, np.full(len(programs), -1), uses, np.broadcast_arrays(*where)))
-
-    def commit(self, programs: Array, barrier: int) -> None:
-        for owners, barriers, _, _ in self.running:
-            barriers[np.isin(owners, programs) & (barriers == -1)] = barrier
-
-    def wait(self, programs: Array, barrier: int) -> None:
-        running, self.running = self.running, []
-        for owners, barriers, uses, where in running:
-            done = np.isin(owners, programs) & (barriers == barrier)
-            uses[tuple(x[done] for x in where)] -= 1
-            if not done.all():
-                self.running.append((owners[~done], barriers[~done], uses, [x[~done] for x in where]))

@@ -186,7 +186,7 @@ def copy(machine: Machine, instruction: Instruction, *operands: Operand) -> None
     if form == "commit_group":
         machine.copies.commit(threads)
     elif form == "wait_group":
-        for owner, place, words in machine.copies.wait(threads, operands[0]):
+        for owner, place, words in machine.copies.wait(threads, machine.copies.committed[threads] - operands[0]):
             for i, word in enumerate(words.T):
                 machine.shared.store(place + i, "u4", machine.warp[owner], word)
                 machine.shared.unfenced.view("u4")[place + i] = 0  # which only threads' own stores need
