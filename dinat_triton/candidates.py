@@ -47,7 +47,7 @@ class AxisCounts:
     @cached_property
     def pictures(self) -> tuple[IntArray, IntArray]:
         """Different tiles, and their pairs."""
-        marks = np.stack((*self._runs.pictures, self._runs.run))
+        marks = np.array((*self._runs.pictures, self._runs.run))
         order = np.lexsort(marks)
         different = order[np.append(True, (np.diff(marks[:, order]) != 0).any(0))]
         run, pairs = self._runs.run[different], (self._runs.rows * self._runs.columns)[different]

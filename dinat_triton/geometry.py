@@ -285,8 +285,8 @@ def outer_sum(per_axis: Sequence[IntArray], strides: Sequence[int]) -> IntArray:
 
 def counted(counts: IntArray) -> tuple[IntArray, IntArray]:
     """Owner of each thing, and its number among the owner's, where each owner has so many."""
-    owner = np.repeat(np.arange(len(counts)), counts)
-    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    owner = np.arange(len(counts)).repeat(counts)
+    return owner, np.arange(len(owner)) - (counts.cumsum() - counts).repeat(counts)
 
 
 def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ tiles and columns.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import product
@@ -25,6 +26,7 @@ from dinat_triton.geometry import (
     Geometry,
     IntArray,
     broadcast_ints,
+    counted,
     outer_index,
     outer_sum,
 )
@@ -72,39 +74,90 @@ class AxisTiles:
         return np.where(seen, self.row_code[:, None] + self.col_code, MASKED)
 
 
+@dataclass(frozen=True, eq=False)
+class AxisPlan:
+    """All tiles along one axis: what `AxisTiles` has of one class, of all classes, one after the other.
+
+    Attributes:
+        rows, columns, tiles: `[classes]`: how many each has.
+    """
+
+    rows: IntArray
+    columns: IntArray
+    tiles: IntArray
+    first: IntArray
+    last: IntArray
+    col_offset: IntArray
+    row_code: IntArray
+    col_code: IntArray
+    row_start: IntArray
+    col_start: IntArray
+
+    @cached_property
+    def each_row(self) -> tuple[IntArray, IntArray]:
+        """The class of every row, and its number there."""
+        return counted(self.rows)
+
+    @cached_property
+    def each_column(self) -> tuple[IntArray, IntArray]:
+        """The class of every column, and its number there."""
+        return counted(self.columns)
+
+    @cached_property
+    def classes(self) -> tuple[AxisTiles, ...]:
+        """Each class by itself."""
+        r, c, t = (counts.cumsum()[:-1] for counts in (self.rows, self.columns, self.tiles))
+        ends = {"first": r, "last": r, "col_offset": c, "row_code": r, "col_code": c, "row_start": t, "col_start": t}
+        parts = zip(*(np.split(getattr(self, name), of) for name, of in ends.items()), strict=True)
+        return tuple(AxisTiles(*vectors) for vectors in parts)
+
+
 @lru_cache(maxsize=256)
-def tile_axis(axis: Axis, tile: int, transposed: bool = False) -> tuple[AxisTiles, ...]:
+def plan_axis(axis: Axis, tile: int, transposed: bool = False) -> AxisPlan:
     """Cuts every residue class of an axis into runs of `tile` rows, grouped by their relative picture."""
     runs = cut(axis, np.array([tile]), transposed)
-    classes: dict[tuple[int, int, bytes, bytes], list[int]] = {}
-    places = zip(runs.row, runs.column, runs.seam, runs.first, runs.past, strict=True)
-    for entry, (row, column, seam, at, past) in enumerate(places):
-        seen = runs.start[at:past] - column, runs.end[at:past] - column - 1
-        classes.setdefault((row - column, seam, seen[0].tobytes(), seen[1].tobytes()), []).append(entry)
-    return tuple(_axis_tiles(axis, transposed, runs, *kind) for kind in classes.items())
+    kind, chosen = _kinds(runs)
+    rows, columns, ahead = runs.rows[chosen], runs.columns[chosen], (runs.row - runs.column)[chosen]
+    (of_row, row), (of_column, column) = counted(rows), counted(columns)
+    seen_from, at = runs.column[chosen][of_row], runs.first[chosen][of_row] + row
+    row_index, origin = row + ahead[of_row], np.zeros(1, dtype=np.int64)
+    row_code, col_code = -row_index, axis.offset(column, origin)
+    if transposed:
+        row_code, col_code = axis.offset(row_index, origin), -column
+    of_tile, row_start = _starts(axis, runs, kind)
+    col_start = (row_start - ahead[of_tile] * axis.dilation) % axis.size
+    tiles = np.bincount(of_tile)
+    anchor = col_start[tiles.cumsum() - tiles][of_column]
+    col_offset = (anchor + column * axis.dilation) % axis.size - anchor
+    first, last = runs.start[at] - seen_from, runs.end[at] - seen_from - 1
+    return AxisPlan(rows, columns, tiles, first, last, col_offset, row_code, col_code, row_start, col_start)
 
 
-def _axis_tiles(
-    axis: Axis, transposed: bool, runs: Runs, picture: tuple[int, int, bytes, bytes], entries: list[int]
-) -> AxisTiles:
-    """The class of some entries.
+def _kinds(runs: Runs) -> tuple[IntArray, IntArray]:
+    """The class of each entry, and the first entry of each class.
 
     A picture is where its first row lies from its first column, where its columns wrap around, and what its rows see.
     """
-    ahead, _, *seen = picture
-    first, last = (np.frombuffer(x, np.int64) for x in seen)
-    row, column = np.arange(len(first)) + ahead, np.arange(int(last[-1]) + 1)
-    origin = np.zeros(1, dtype=np.int64)
-    row_code, col_code = (axis.offset(row, origin), -column) if transposed else (-row, axis.offset(column, origin))
-    starts = []
-    for entry in entries:
-        rows = np.arange(runs.number[entry], runs.stop[entry], runs.step[entry]) * int(runs.lengths[0])
-        residues = runs.residues[runs.residue_class[entry]]
-        starts.append(np.add.outer(rows * axis.dilation, residues).ravel())
-    row_start = np.concatenate(starts)
-    col_start = (row_start - ahead * axis.dilation) % axis.size
-    col_offset = (col_start[0] + column * axis.dilation) % axis.size - col_start[0]
-    return AxisTiles(first, last, col_offset, row_code, col_code, row_start, col_start)
+    kinds: dict[tuple[int, int, bytes, bytes], int] = {}
+    places = zip(runs.row.tolist(), runs.column.tolist(), runs.seam.tolist(), runs.first, runs.past, strict=True)
+    kind = [
+        kinds.setdefault(
+            (row - column, seam, (runs.start[at:past] - column).tobytes(), (runs.end[at:past] - column).tobytes()),
+            len(kinds),
+        )
+        for row, column, seam, at, past in places
+    ]
+    return np.array(kind), np.unique(kind, return_index=True)[1]
+
+
+def _starts(axis: Axis, runs: Runs, kind: IntArray) -> tuple[IntArray, IntArray]:
+    """The class and the first row's position of every tile, class by class."""
+    entries = np.argsort(kind, kind="stable")
+    entry, place = counted(runs.tiles[entries])
+    entry = entries[entry]
+    number, residue = np.divmod(place, runs.residues[runs.residue_class[entry]])
+    row = (runs.number[entry] + number * runs.step[entry]) * runs.lengths[0]
+    return kind[entry], row * axis.dilation + runs.first_residue[runs.residue_class[entry]] + residue
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,21 +257,26 @@ class Plan:
             raise ValueError(f"block must hold the {self.largest[0]} rows of a {self.tile} tile, got {self.block}")
 
     @cached_property
-    def axes(self) -> tuple[tuple[AxisTiles, ...], ...]:
-        """The classes along each axis; the classes of the plan are their product."""
+    def axes(self) -> tuple[AxisPlan, ...]:
+        """The tiles along each axis."""
         axes = zip(self.geometry.axes, self.tile, strict=True)
-        return tuple(tile_axis(axis, tile, self.transposed) for axis, tile in axes)
+        return tuple(plan_axis(axis, tile, self.transposed) for axis, tile in axes)
+
+    def each_class(self) -> Iterator[TileClass]:
+        """Yields the product of the axes' classes."""
+        for classes in product(*(axis.classes for axis in self.axes)):
+            yield TileClass(self.geometry, classes)
 
     @cached_property
     def classes(self) -> tuple[TileClass, ...]:
-        return tuple(TileClass(self.geometry, combination) for combination in product(*self.axes))
+        return tuple(self.each_class())
 
     @cached_property
     def shapes(self) -> IntArray:
         """`[classes, 3]`: tiles, rows and columns of each class, without padding."""
         shapes = np.ones((1, 3), dtype=np.int64)
         for axis in self.axes:
-            own = np.array([(tiles.tiles, tiles.rows, tiles.columns) for tiles in axis])
+            own = np.stack((axis.tiles, axis.rows, axis.columns), 1)
             shapes = (shapes[:, None] * own).reshape(-1, 3)
         return shapes
 

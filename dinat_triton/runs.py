@@ -21,7 +21,7 @@ class Runs:
     Attributes:
         lengths: `[runs]`: rows of a tile; the last of a residue class may have fewer.
         start, end: Half-open intervals of columns that rows see, of all residue classes one after the other.
-        residues: Of each residue class.
+        first_residue, residues: Of each residue class, the first and how many.
         run, residue_class: `[entries]`: which length, and where.
         row: `[entries]`: class index of the first row of its first tile.
         first, past: `[entries]`: where the rows of its first tile are in `start` and `end`.
@@ -32,7 +32,8 @@ class Runs:
     lengths: IntArray
     start: IntArray
     end: IntArray
-    residues: list[IntArray]
+    first_residue: IntArray
+    residues: IntArray
     run: IntArray
     residue_class: IntArray
     row: IntArray
@@ -61,8 +62,7 @@ class Runs:
     @cached_property
     def tiles(self) -> IntArray:
         """`[entries]`: how many there are."""
-        residues = np.array([len(own) for own in self.residues])
-        return -((self.number - self.stop) // self.step) * residues[self.residue_class]
+        return -((self.number - self.stop) // self.step) * self.residues[self.residue_class]
 
     @cached_property
     def seam(self) -> IntArray:
@@ -80,7 +80,7 @@ class Runs:
     def _hash(self, ends: IntArray) -> IntArray:
         """`[entries]`: of the ends of the rows' intervals, counted from the first column: a polynomial modulo 2**64."""
         powers, inverses = (np.full(len(ends), factor).cumprod() for factor in (FACTOR, INVERSE))
-        ones, sums = (np.append(0, np.cumsum(x)) for x in (powers, ends * powers))
+        ones, sums = (np.append(0, x.cumsum()) for x in (powers, ends * powers))
         total = sums[self.past] - sums[self.first] - self.column * (ones[self.past] - ones[self.first])
         return total * inverses[self.first]
 
@@ -103,12 +103,13 @@ def cut(axis: Axis, lengths: IntArray, transposed: bool) -> Runs:
     is_right = kind >= left + between
     number = kind + np.where(is_right, right - left - between, 0)
     row = number * length
-    first = row + (np.cumsum(sizes) - sizes)[residue_class[owner]]
+    first = row + (sizes.cumsum() - sizes)[residue_class[owner]]
     return Runs(
         lengths,
         np.concatenate(starts),
         np.concatenate(ends),
-        [residues for _, residues in classes],
+        np.array([residues[0] for _, residues in classes]),
+        np.array([len(residues) for _, residues in classes]),
         run[owner],
         residue_class[owner],
         row,

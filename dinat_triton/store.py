@@ -200,7 +200,8 @@ def nearest(entries: Mapping[str, T], prefix: str, maps: int) -> T | None:
     def distance(key: str) -> float:
         return abs(log2(int(key.rpartition("/")[2]) / maps))
 
-    keys = [key for key in entries if re.fullmatch(r"[1-9]\d*", key.removeprefix(f"{prefix}/"))]
+    start = f"{prefix}/"
+    keys = [key for key in entries if key.startswith(start) and re.fullmatch(r"[1-9]\d*", key[len(start) :])]
     keys = [key for key in keys if distance(key) <= log2(REACH)]
     return entries[min(keys, key=distance)] if keys else None
 

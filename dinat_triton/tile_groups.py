@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import product
 
 import numpy as np
 import torch
@@ -30,13 +29,14 @@ class Cut:
     """A plan for so many maps."""
 
     def __init__(self, geometry: Geometry, tile: tuple[int, ...], device: torch.device, batch: int, heads: int):
-        plan, tokens = Plan(geometry, tile), geometry.num_tokens
-        self.axes, self.geometry, self.device, self.maps = plan.axes, geometry, device, batch * heads
+        tokens = geometry.num_tokens
+        self.plan, self.device, self.maps = Plan(geometry, tile), device, batch * heads
         self.first_tokens = torch.arange(0, batch * tokens, tokens, device=device)
         # One tile holds all tokens in their order: nothing to gather.
-        vectors = (plan.classes[0].rows, plan.classes[0].columns)
-        self.is_whole = plan.num_tiles == 1 and all(np.array_equal(x, np.arange(tokens)) for x in vectors)
-        self.is_small = batch * tokens <= KEPT_TOKENS and plan.cost().table_entries <= KEPT_PAIRS
+        first = next(self.plan.each_class())
+        in_order = all(np.array_equal(x, np.arange(tokens)) for x in (first.rows, first.columns))
+        self.is_whole = in_order and self.plan.num_tiles == 1
+        self.is_small = batch * tokens <= KEPT_TOKENS and self.plan.cost().table_entries <= KEPT_PAIRS
         self._classes = list(self._each_class()) if self.is_small else None
         self.order: Tensor | None = None  # kept from `find_order`
 
@@ -45,8 +45,7 @@ class Cut:
         return self._each_class() if self._classes is None else self._classes
 
     def _each_class(self) -> Iterator[CutClass]:
-        for axes in product(*self.axes):
-            tiles = TileClass(self.geometry, axes)
+        for tiles in self.plan.each_class():
             yield CutClass(*vectors_of(tiles, self.device), tiles, self)
 
     def find_order(self, slots: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ from dinat_triton.kernels.primitives import (
 
 @triton.jit(do_not_specialize=RUNTIME)
 def closed_backward_kernel(
-    q, k, v, lse, grad_out, grad_lse, grad_q, grad_k, grad_v, grad_pairs, rpb, seed, key_mask, layout, strides,
+    q, k, v, lse, grad_out, grad_lse, grad_q, grad_k, grad_v, grad_pairs, rpb, seed, key_mask, layout, codes, strides,
     batch, batch_step, tokens, heads, bias_head, scale, keep_from: tl.uint32, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, LONG_AXIS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -56,11 +56,10 @@ def closed_backward_kernel(
     head, tile_class, first, end, _ = read_run(runs, heads)
     first_item, end_item = read_items(batch, batch_step)
     row, col = tl.arange(0, ROWS), tl.arange(0, CHUNK)
-    row_off, row_code, row_sight = read_rows(rows, tile_class, ROWS)
-    col_off, col_code, col_sight = read_columns(columns, tile_class, 0, 1, CHUNK)
+    row_off, row_sight = read_rows(rows, tile_class, ROWS, LONG_AXIS)
+    col_off, col_sight = read_columns(columns, tile_class, 0, 1, CHUNK, LONG_AXIS)
     seen = sees_pairs(row_sight, col_sight, LONG_AXIS)
-    index = row_code[:, None] + col_code[None, :]
-    bias = pair_bias(rpb, head * bias_head, index, seen, 1 / scale)  # [R, C]
+    bias = pair_bias(rpb, head * bias_head, codes, tile_class, 0, 1, seen, 1 / scale)  # [R, C]
     to_log2 = scale * LOG2E
     grad_bias = tl.zeros((ROWS, CHUNK), tl.float32)
     dropout = (seed, keep_from, keep_scale)
@@ -112,7 +111,7 @@ def closed_backward_kernel(
 @triton.jit(do_not_specialize=RUNTIME)
 def query_backward_kernel(
     q, k, v, out, lse, grad_out, grad_lse, stats, grad_q, grad_pairs, bias_source, seed, key_mask,
-    layout, strides,
+    layout, codes, strides,
     batch, batch_step, tokens, heads, group, bias_head, max_chunks, scale, keep_from: tl.uint32, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, LONG_AXIS: tl.constexpr,
     ALL_CHUNKS: tl.constexpr, GRAD_QUERY: tl.constexpr, GRAD_BIAS: tl.constexpr, PRECISION: tl.constexpr,
@@ -127,14 +126,14 @@ def query_backward_kernel(
     q_strides, k_strides, v_strides, dq_strides, do_strides = strides
     head, tile_class, first, end, chunks = read_run(runs, heads)
     first_item, end_item = read_items(batch, batch_step)
-    row_off, row_code, row_sight = read_rows(rows, tile_class, ROWS)
+    row_off, row_sight = read_rows(rows, tile_class, ROWS, LONG_AXIS)
     if ALL_CHUNKS:
         class_at = tl.multiple_of(head.to(tl.int64) * bias_head, 16) + tile_class * (ROWS * CHUNK) * max_chunks
     else:
-        col_off, col_code, col_sight = read_columns(columns, tile_class, tl.program_id(2), max_chunks, CHUNK)
+        chunk = tl.program_id(2)
+        col_off, col_sight = read_columns(columns, tile_class, chunk, max_chunks, CHUNK, LONG_AXIS)
         seen = sees_pairs(row_sight, col_sight, LONG_AXIS)
-        index = row_code[:, None] + col_code[None, :]
-        bias = pair_bias(bias_source, head * bias_head, index, seen, 1 / scale)  # [R, C]
+        bias = pair_bias(bias_source, head * bias_head, codes, tile_class, chunk, max_chunks, seen, 1 / scale)  # [R, C]
     to_log2 = scale * LOG2E
     grad_bias = tl.zeros((ROWS, CHUNK), tl.float32)
     dropout = (seed, keep_from, keep_scale)
@@ -166,7 +165,7 @@ def query_backward_kernel(
             dq_tile = tl.zeros((ROWS, padded(D)), tl.float32)
             for chunk in range(chunks if ALL_CHUNKS else 1):
                 if ALL_CHUNKS:
-                    col_off, _col_code, col_sight = read_columns(columns, tile_class, chunk, max_chunks, CHUNK)
+                    col_off, col_sight = read_columns(columns, tile_class, chunk, max_chunks, CHUNK, LONG_AXIS)
                     col_tok = col_base + col_off
                 key_tok = shown_tokens(key_mask, i, tokens, col_tok)
                 k_tile = load_tile(k_place, key_tok, D)  # [C, D]
@@ -213,7 +212,7 @@ def key_backward_kernel(
     q_strides, k_strides, v_strides, dk_strides, dv_strides, do_strides = strides
     kv_head, tile_class, first, end, chunks = read_run(runs, heads // group)
     first_item, end_item = read_items(batch, batch_step)
-    row_off, _row_code, row_sight = read_rows(rows, tile_class, ROWS)
+    row_off, row_sight = read_rows(rows, tile_class, ROWS, LONG_AXIS)
     to_log2 = scale * LOG2E
     dropout = (seed, keep_from, keep_scale)
 
@@ -232,7 +231,7 @@ def key_backward_kernel(
                 class_at += tile_class * (ROWS * CHUNK) * max_chunks
                 col_at = i * tokens * heads + head
                 for chunk in range(chunks):
-                    col_off, _col_code, col_sight = read_columns(columns, tile_class, chunk, max_chunks, CHUNK)
+                    col_off, col_sight = read_columns(columns, tile_class, chunk, max_chunks, CHUNK, LONG_AXIS)
                     col_tok = col_base + col_off
                     q_tile = load_tile(find_head(q, q_strides, i, head), col_tok, D)  # [C, D]
                     do_tile = load_tile(find_head(grad_out, do_strides, i, head), col_tok, DV)  # [C, DV]
@@ -281,7 +280,7 @@ def sum_programs_kernel(
 
 @triton.jit(do_not_specialize=["classes", "offsets", "span"])
 def fold_bias_kernel(
-    sums, grad_rpb, rows, columns, entry_column, row_column, classes, offsets, span,
+    sums, grad_rpb, rows, columns, row_codes, col_codes, entry_column, row_column, classes, offsets, span,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, LONG_AXIS: tl.constexpr,
 ):  # fmt: skip
     """Adds up the pairs of each bias entry, in a fixed order. Grid (offsets, heads).
@@ -298,9 +297,10 @@ def fold_bias_kernel(
         col = tl.load(entry_column + tile_class * offsets + offset) + tl.load(row_column + n)
         exists &= (col >= 0) & (col < span)
         col = tl.where(exists, col, 0)
-        _row_off, row_code, row_sight = read_row(rows, tile_class, row, ROWS)
-        _col_off, col_code, col_sight = read_column(columns, tile_class, col, span)
-        exists &= sees(row_sight, col_sight, LONG_AXIS) & (row_code + col_code == offset)
+        _row_off, row_sight = read_row(rows, tile_class, row, ROWS, LONG_AXIS)
+        _col_off, col_sight = read_column(columns, tile_class, col, span, LONG_AXIS)
+        code = tl.load(row_codes + n) + tl.load(col_codes + tile_class * span + col)
+        exists &= sees(row_sight, col_sight, LONG_AXIS) & (code == offset)
         pair = (head * classes * ROWS + n).to(tl.int64) * span + col
         total += tl.load(sums + pair, mask=exists, other=0.0)
     tl.store(grad_rpb + head * offsets + offset, tl.sum(total, 0).to(grad_rpb.dtype.element_ty))

@@ -49,7 +49,7 @@ def attend(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def forward_kernel(
-    q, k, v, out, lse, bias_source, seed, key_mask, layout, strides,
+    q, k, v, out, lse, bias_source, seed, key_mask, layout, codes, strides,
     batch, batch_step, tokens, heads, group, bias_head, max_chunks, scale, keep_from: tl.uint32, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr,
     LONG_AXIS: tl.constexpr, PRECISION: tl.constexpr,
@@ -63,12 +63,11 @@ def forward_kernel(
     q_strides, k_strides, v_strides = strides
     head, tile_class, first, end, chunks = read_run(runs, heads)
     first_item, end_item = read_items(batch, batch_step)
-    row_off, row_code, row_sight = read_rows(rows, tile_class, ROWS)
+    row_off, row_sight = read_rows(rows, tile_class, ROWS, LONG_AXIS)
     if ONE_CHUNK:
-        col_off, col_code, col_sight = read_columns(columns, tile_class, 0, max_chunks, CHUNK)
+        col_off, col_sight = read_columns(columns, tile_class, 0, max_chunks, CHUNK, LONG_AXIS)
         seen = sees_pairs(row_sight, col_sight, LONG_AXIS)
-        index = row_code[:, None] + col_code[None, :]
-        bias = pair_bias(bias_source, head * bias_head, index, seen, 1 / scale)  # [R, C]
+        bias = pair_bias(bias_source, head * bias_head, codes, tile_class, 0, max_chunks, seen, 1 / scale)  # [R, C]
     else:
         class_at = tl.multiple_of(head.to(tl.int64) * bias_head, 16) + tile_class * (ROWS * CHUNK) * max_chunks
     to_log2 = scale * LOG2E
@@ -101,7 +100,7 @@ def forward_kernel(
                 )
             else:
                 for chunk in range(chunks):
-                    col_off, _col_code, col_sight = read_columns(columns, tile_class, chunk, max_chunks, CHUNK)
+                    col_off, col_sight = read_columns(columns, tile_class, chunk, max_chunks, CHUNK, LONG_AXIS)
                     col_tok = col_base + col_off
                     key_tok = shown_tokens(key_mask, i, tokens, col_tok)
                     k_tile = load_tile(k_place, key_tok, D)  # [C, D]

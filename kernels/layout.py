@@ -20,7 +20,7 @@ from torch import Tensor
 from dinat_triton.geometry import IntArray, counted, row_major_strides
 from dinat_triton.kernels.kept import Kept
 from dinat_triton.kernels.map_plans import MapPlans, SizePlan, alone
-from dinat_triton.plan import AxisTiles, Plan
+from dinat_triton.plan import AxisPlan, Plan
 
 EMPTY = -(2**31)  # the offset of a slot without a token: negative from every base
 # Arrays begin at multiples of so many numbers, so that kernels can read them 16 bytes at a time.
@@ -39,20 +39,23 @@ class Layout:
     place is compared with the row's first.
 
     Attributes:
-        rows: `[classes, 5, ROWS]`: offset or EMPTY, bias code, word, first column and their number on the long axis.
-        columns: `[classes, 4, max_chunks * CHUNK]`: offset or EMPTY, bias code, word, and place on the long axis. Their
-            dtype is that of all token addresses.
+        distinct: `[classes]`: the number of each among the classes of all sizes.
+        has_long_axis: Whether there is an axis that words leave out.
+        codes: `[classes, ROWS]` and `[classes, max_chunks * CHUNK]`: bias codes; none where there is no bias.
+        rows: `[classes, fields, ROWS]`: offset or EMPTY, and word; with a long axis the row's first column there and
+            their number.
+        columns: `[classes, fields, max_chunks * CHUNK]`: offset or EMPTY, and word; with a long axis the column's place
+            there. Their dtype is that of all token addresses.
         bases: `[tiles, 2]`: tokens from which offsets of rows and columns count, the tiles of a class in a row.
         runs: `[runs, 4]`: class, first tile, end, chunks. A program walks one run.
         first_run: `[classes + 1]`: where each class's runs begin.
-        has_long_axis: Whether there is an axis that words leave out.
-        distinct: `[classes]`: the number of each among the classes of all sizes.
     """
 
     plan: Plan | MapPlans
     distinct: IntArray
     max_chunks: int
     has_long_axis: bool
+    codes: tuple[Tensor, ...]
     rows: Tensor
     columns: Tensor
     bases: Tensor
@@ -79,12 +82,13 @@ class Layout:
         return torch.as_tensor(entry, device=self.rows.device), torch.as_tensor(row, device=self.rows.device)
 
 
-def _lay_out(plan: Plan | MapPlans, tiles_per_run: int, wide: bool, device: torch.device) -> Layout:
+def _lay_out(plan: Plan | MapPlans, tiles_per_run: int, biased: bool, wide: bool, device: torch.device) -> Layout:
     """Lays a plan out.
 
     Args:
         plan: With `block` and `chunk` as the kernel takes them.
         tiles_per_run: Tiles that a program walks, at most.
+        biased: Whether there is a bias.
         wide: Whether token addresses within a batch item need 64 bits.
         device: Where to.
     """
@@ -103,8 +107,11 @@ def _lay_out(plan: Plan | MapPlans, tiles_per_run: int, wide: bool, device: torc
     order = np.argsort(owner, kind="stable")
     chunks = -(-np.concatenate([size.plan.shapes[:, 2] for size in sizes]) // plan.chunk)
     runs, first_run = _runs(np.bincount(owner), chunks[distinct], tiles_per_run)
-    arrays = (rows[distinct], columns[distinct], bases[order], runs, first_run)
-    return Layout(plan, distinct, max_chunks, None in shifts, *_upload(arrays, np.int64 if wide else np.int32, device))
+    rows, columns = rows[distinct], columns[distinct]
+    arrays = [rows[:, :-1], columns[:, :-1], bases[order], runs, first_run]
+    arrays += [rows[:, -1], columns[:, -1]] if biased else []
+    uploaded = _upload(arrays, np.int64 if wide else np.int32, device)
+    return Layout(plan, distinct, max_chunks, None in shifts, tuple(uploaded[5:]), *uploaded[:5])
 
 
 # Passes of one call share layouts, and so do batches of many sizes.
@@ -122,21 +129,17 @@ def _distinct(rows: IntArray, columns: IntArray) -> tuple[IntArray, IntArray]:
     return np.unique(alike, return_index=True)[1], np.array(alike)
 
 
-def _windows(axis: tuple[AxisTiles, ...]) -> IntArray:
+def _windows(axis: AxisPlan) -> IntArray:
     """The number of each row's window on an axis, counted over the different windows of its class."""
-    first, last = _joined(axis, "first"), _joined(axis, "last")
-    number = np.zeros(len(first), dtype=np.int64)
-    number[1:] = ((first[1:] != first[:-1]) | (last[1:] != last[:-1])).cumsum()
-    rows = np.array([tiles.rows for tiles in axis])
-    return number - number[rows.cumsum() - rows].repeat(rows)
+    number = np.zeros(len(axis.first), dtype=np.int64)
+    number[1:] = ((axis.first[1:] != axis.first[:-1]) | (axis.last[1:] != axis.last[:-1])).cumsum()
+    return number - number[axis.rows.cumsum() - axis.rows].repeat(axis.rows)
 
 
-def _windows_without(axis: tuple[AxisTiles, ...], windows: IntArray) -> IntArray:
+def _windows_without(axis: AxisPlan, windows: IntArray) -> IntArray:
     """Bits of the windows that each column of an axis is not in: all before some, and all from some on."""
-    rows = np.array([tiles.rows for tiles in axis])
-    row_class, _ = counted(rows)
-    column_class, column = counted(np.array([tiles.columns for tiles in axis]))
-    apart, ends = column.max() + 1, rows.cumsum()
+    (row_class, _), (column_class, column) = axis.each_row, axis.each_column
+    apart, ends = column.max() + 1, axis.rows.cumsum()
     count = windows[ends - 1][column_class] + 1
     above, here = row_class * apart, column + column_class * apart
 
@@ -144,8 +147,8 @@ def _windows_without(axis: tuple[AxisTiles, ...], windows: IntArray) -> IntArray
         return 1 << np.where(row == ends[column_class], count, windows.take(row, mode="clip"))
 
     # Both ends of windows rise from row to row.
-    first_seen = bit(np.searchsorted(_joined(axis, "last") + above, here))
-    first_behind = bit(np.searchsorted(_joined(axis, "first") + above, here, "right"))
+    first_seen = bit(np.searchsorted(axis.last + above, here))
+    first_behind = bit(np.searchsorted(axis.first + above, here, "right"))
     return (1 << count) - 1 - (first_behind - first_seen)
 
 
@@ -158,42 +161,45 @@ def _shifts(windows: list[list[IntArray]]) -> list[int | None]:
 
 
 def _rows(size: SizePlan, slots: int, windows: list[IntArray], shifts: list[int | None]) -> IntArray:
-    plan = size.plan
-    places, filled = _places(plan, "rows", _kinds(plan)[:, :, None], np.arange(slots))
-    rows = np.zeros((5, *filled.shape), dtype=np.int64)
-    steps = [d * stride for d, stride in zip(plan.geometry.dilation, size.token_strides, strict=True)]
-    strides = steps, row_major_strides(plan.geometry.bias_shape)
-    for axis, place, step, bias_stride, window, shift in zip(plan.axes, places, *strides, windows, shifts, strict=True):
-        number = np.concatenate([np.arange(tiles.rows) for tiles in axis])
-        code, first, last = (_joined(axis, name) for name in ("row_code", "first", "last"))
-        none = np.zeros_like(number)
-        sight = (none, first, last - first + 1) if shift is None else (1 << shift + window, none, none)
-        rows += np.stack((number * step, code * bias_stride, *sight)).take(place, axis=1)
-    rows[2] += ROW_BIT
-    return _padded(rows, filled, (EMPTY, 0, -1, 0, 0))
+    """`[classes, fields, slots]`: the rows of all classes, bias codes last."""
+    fields = []
+    for axis, dilation, window, shift in zip(size.plan.axes, size.plan.geometry.dilation, windows, shifts, strict=True):
+        _, number = axis.each_row
+        sight = _sight(1 << window + (shift or 0), (axis.first, axis.last - axis.first + 1), shift, shifts)
+        fields.append([number * dilation, *sight, axis.row_code])
+    return _slots(size, "rows", slots, fields, ROW_BIT)
 
 
 def _columns(size: SizePlan, slots: int, windows: list[IntArray], shifts: list[int | None]) -> IntArray:
+    """`[classes, fields, slots]`: the columns of all classes, bias codes last."""
+    fields = []
+    for axis, window, shift in zip(size.plan.axes, windows, shifts, strict=True):
+        unseen, (_, number) = _windows_without(axis, window), axis.each_column
+        sight = _sight(unseen << (shift or 0), (number,), shift, shifts)
+        fields.append([axis.col_offset, *sight, axis.col_code])
+    return _slots(size, "columns", slots, fields, COLUMN_BIT)
+
+
+def _sight(word: IntArray, places: tuple[IntArray, ...], shift: int | None, shifts: list[int | None]) -> list[IntArray]:
+    """What tells on one axis who sees whom: places on the long axis, if there is one, and words on the others."""
+    if None not in shifts:
+        return [word]
+    none = np.zeros_like(word)
+    return [none, *places] if shift is None else [word, *(none for _ in places)]
+
+
+def _slots(size: SizePlan, of: str, slots: int, per_axis: list[list[IntArray]], bit: int) -> IntArray:
+    """Adds the fields up over the axes, for every slot of every class."""
     plan = size.plan
-    places, filled = _places(plan, "columns", _kinds(plan)[:, :, None], np.arange(slots))
-    columns = np.zeros((4, *filled.shape), dtype=np.int64)
+    places, filled = _places(plan, of, _kinds(plan)[:, :, None], np.arange(slots))
     strides = size.token_strides, row_major_strides(plan.geometry.bias_shape)
-    for axis, place, stride, bias_stride, window, shift in zip(
-        plan.axes, places, *strides, windows, shifts, strict=True
-    ):
-        number = np.concatenate([np.arange(tiles.columns) for tiles in axis])
-        offset, code = (_joined(axis, name) for name in ("col_offset", "col_code"))
-        none = np.zeros_like(number)
-        unseen = none if shift is None else _windows_without(axis, window) << shift
-        sight = unseen, number if shift is None else none
-        columns += np.stack((offset * stride, code * bias_stride, *sight)).take(place, axis=1)
-    columns[2] += COLUMN_BIT
-    return _padded(columns, filled, (EMPTY, 0, -1, 0))
-
-
-def _padded(fields: IntArray, filled: NDArray[np.bool_], empty: tuple[int, ...]) -> IntArray:
-    """`[classes, fields, slots]` from fields of slots, with `empty` in slots that a class does not have."""
-    return np.where(filled, fields, np.array(empty)[:, None, None]).swapaxes(0, 1)
+    total: IntArray = np.zeros((len(per_axis[0]), *filled.shape), dtype=np.int64)
+    for (offset, *sight, code), place, step, bias_stride in zip(per_axis, places, *strides, strict=True):
+        total += np.array((offset * step, *sight, code * bias_stride)).take(place, axis=1)
+    total[1] += bit
+    empty = np.zeros((len(total), 1, 1), dtype=np.int64)
+    empty[:2, 0, 0] = EMPTY, -1
+    return np.where(filled, total, empty).swapaxes(0, 1)
 
 
 def _bases(sizes: tuple[SizePlan, ...]) -> tuple[IntArray, IntArray]:
@@ -205,7 +211,7 @@ def _bases(sizes: tuple[SizePlan, ...]) -> tuple[IntArray, IntArray]:
         places, _ = _places(plan, "tiles", _kinds(plan)[:, owner], number)
         own = np.zeros((2, len(owner)), dtype=np.int64)
         for axis, place, stride in zip(plan.axes, places, size.token_strides, strict=True):
-            own += np.stack((_joined(axis, "row_start"), _joined(axis, "col_start"))).take(place, axis=1) * stride
+            own += np.array((axis.row_start, axis.col_start)).take(place, axis=1) * stride
         owners.append(np.tile(owner + classes, len(maps)))
         bases.append((own.T + maps[:, None, None]).reshape(-1, 2))
         classes += len(plan.shapes)
@@ -216,10 +222,10 @@ def _runs(tiles: IntArray, chunks: IntArray, tiles_per_run: int) -> tuple[IntArr
     """Runs of at most so many tiles of one class, and where the runs of each class begin."""
     count = -(-tiles // tiles_per_run)
     owner, number = counted(count)
-    end = np.cumsum(tiles)[owner]
+    end = tiles.cumsum()[owner]
     first = end - tiles[owner] + number * tiles_per_run
     runs = np.stack((owner, first, np.minimum(first + tiles_per_run, end), chunks[owner]), 1)
-    return runs, np.append(0, np.cumsum(count))
+    return runs, np.append(0, count.cumsum())
 
 
 def _entries(plan: Plan, slots: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -231,35 +237,31 @@ def _entries(plan: Plan, slots: int) -> tuple[NDArray[np.int32], NDArray[np.int3
     stride = np.full((kinds.shape[1], 1), -1 if plan.transposed else 1)
     for axis, kind, place, offset in reversed([*zip(plan.axes, kinds, places, offsets, strict=True)]):
         entry += offset * stride
-        row -= np.concatenate([tiles.row_code + tiles.col_code[0] for tiles in axis])[place] * stride
-        stride = stride * np.array([tiles.columns for tiles in axis])[kind][:, None]
+        first_code = axis.col_code[axis.columns.cumsum() - axis.columns]
+        row -= (axis.row_code + first_code.repeat(axis.rows))[place] * stride
+        stride = stride * axis.columns[kind][:, None]
     return entry.astype(np.int32), row.astype(np.int32)
 
 
 def _kinds(plan: Plan) -> IntArray:
     """`[rank, classes]`: the number of each class among those of each axis."""
-    return np.indices([len(axis) for axis in plan.axes]).reshape(len(plan.axes), -1)
-
-
-def _joined(axis: tuple[AxisTiles, ...], name: str) -> IntArray:
-    """A vector of all classes of an axis, one after the other."""
-    return np.concatenate([getattr(tiles, name) for tiles in axis])
+    return np.indices([len(axis.rows) for axis in plan.axes]).reshape(len(plan.axes), -1)
 
 
 def _places(plan: Plan, of: str, kinds: IntArray, number: IntArray) -> tuple[list[IntArray], NDArray[np.bool_]]:
-    """Takes row-major numbers of a class's rows, columns or tiles apart: where each axis has them among its `_joined`.
+    """Takes row-major numbers of a class's rows, columns or tiles apart: where each axis has them among all of its.
 
     And whether the class has so many at all.
     """
     places = []
     for axis, kind in zip(plan.axes[::-1], kinds[::-1], strict=True):
-        sizes = np.array([getattr(tiles, of) for tiles in axis])
+        sizes = getattr(axis, of)
         number, place = np.divmod(number, sizes[kind])
-        places.append((np.cumsum(sizes) - sizes)[kind] + place)
+        places.append((sizes.cumsum() - sizes)[kind] + place)
     return places[::-1], number == 0
 
 
-def _upload(arrays: tuple[IntArray, ...], dtype: type, device: torch.device) -> list[Tensor]:
+def _upload(arrays: list[IntArray], dtype: type, device: torch.device) -> list[Tensor]:
     """The arrays on the device, as parts of one tensor."""
     starts = list(accumulate((-(-a.size // ALIGNMENT) * ALIGNMENT for a in arrays), initial=0))
     together: IntArray = np.zeros(starts[-1], dtype=dtype)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton.runtime import JITFunction
 
-from dinat_triton.geometry import Geometry, row_major_strides
+from dinat_triton.geometry import Geometry
 from dinat_triton.kernels.backward import (
     closed_backward_kernel,
     fold_bias_kernel,
@@ -47,7 +48,19 @@ MOST_LAUNCHES, MOST_BYTES = 128, 32 << 20
 
 # A tensor's shape and strides.
 Place = tuple[torch.Size, tuple[int, ...]]
-Arguments = tuple[Tensor | int | tuple, ...]
+Argument = Tensor | int | tuple | None
+
+
+class Operand(NamedTuple):
+    """A tensor of tokens as the kernels address it.
+
+    Attributes:
+        shape: `[batch, *map, heads, dim]`.
+        strides: From batch item, token and head to the next.
+    """
+
+    shape: torch.Size
+    strides: tuple[int, int, int]
 
 
 class Launch:
@@ -63,7 +76,7 @@ class Launch:
     """
 
     def __init__(
-        self, kernel: JITFunction, grid: tuple[int, ...], arguments: Arguments, options: dict[str, Any],
+        self, kernel: JITFunction, grid: tuple[int, ...], arguments: tuple[Argument, ...], options: dict[str, Any],
         shape: tuple[int, ...] = (), table: Launch | None = None,
     ):  # fmt: skip
         self.kernel, self.grid, self.arguments, self.options = kernel, grid, arguments, options
@@ -124,11 +137,11 @@ def _prepare_forward(
     rpb_dtype: torch.dtype | None, dropout: bool, masked: bool, preset: Preset | None = None,
 ) -> Forward:  # fmt: skip
     """The forward's launch. `places` are those of query, key and value."""
-    places, uneven = _even(places)
-    problem = _problem(geometry, places, dtype, device, rpb_dtype is not None, tf32, preset)
+    operands, uneven = _operands(places)
+    problem = _problem(geometry, operands, dtype, device, rpb_dtype is not None, tf32, preset)
     schedule = schedule_of(problem, Pass.FORWARD)
     table = _table(problem, schedule) if rpb_dtype is not None and not schedule.one_chunk else None
-    return Forward(_launch(forward_kernel, problem, schedule, places, table, ONE_CHUNK=schedule.one_chunk), uneven)
+    return Forward(_launch(forward_kernel, problem, schedule, operands, table, ONE_CHUNK=schedule.one_chunk), uneven)
 
 
 def _prepare_backward(
@@ -141,21 +154,21 @@ def _prepare_backward(
     `places` are those of query, key and value, of the output's gradient, and of theirs. `wanted` are the gradients of
     query, key, value and bias.
     """
-    places, uneven = _even(places)
-    problem = _problem(geometry, places, dtype, device, rpb_dtype is not None, tf32, preset)
+    operands, uneven = _operands(places)
+    problem = _problem(geometry, operands, dtype, device, rpb_dtype is not None, tf32, preset)
     has_bias, wants_bias = rpb_dtype is not None, wanted[3]
     if has_closed_backward(problem):
         schedule = schedule_of(problem, Pass.CLOSED_BACKWARD)
-        of_kernel = (*places[:3], *places[4:], places[3])
+        of_kernel = (*operands[:3], *operands[4:], operands[3])
         launches: dict[str, tuple[Launch, ...]] = {
             "closed": (_launch(closed_backward_kernel, problem, schedule, of_kernel),)
         }
     else:
         schedule = schedule_of(problem, Pass.QUERY_BACKWARD)
-        launches = {"queries": tuple(_query_launches(problem, schedule, places, has_bias, wants_bias))}
+        launches = {"queries": tuple(_query_launches(problem, schedule, operands, has_bias, wants_bias))}
         if wanted[1] or wanted[2]:
             keys = schedule_of(problem, Pass.KEY_BACKWARD)
-            launches["keys"] = (_key_launch(problem, keys, places, has_bias),)
+            launches["keys"] = (_key_launch(problem, keys, operands, has_bias),)
     programs, splits = schedule.grid
     folds = _folds(problem, schedule) if wants_bias else None
     return Backward(uneven, (splits, programs, schedule.layout.pairs), folds, **launches)
@@ -178,10 +191,10 @@ prepare_backward = Kept(_prepare_backward, _bytes_of_backward, MOST_LAUNCHES, MO
 
 
 def _query_launches(
-    problem: Problem, schedule: Schedule, places: tuple[Place, ...], has_bias: bool, wants_bias: bool
+    problem: Problem, schedule: Schedule, operands: tuple[Operand, ...], has_bias: bool, wants_bias: bool
 ) -> Iterator[Launch]:
     """One for dq and the bias gradient, or one for each where the columns of a tile take several chunks."""
-    q, k, v, grad_out, grad_q, _, _ = places
+    q, k, v, grad_out, grad_q, _, _ = operands
     for grad_query, grad_bias in _query_passes(schedule, wants_bias):
         all_chunks = grad_query and not schedule.one_chunk
         table = _table(problem, schedule) if all_chunks and has_bias else None
@@ -192,8 +205,8 @@ def _query_launches(
         )
 
 
-def _key_launch(problem: Problem, schedule: Schedule, places: tuple[Place, ...], has_bias: bool) -> Launch:
-    q, k, v, grad_out, _, grad_k, grad_v = places
+def _key_launch(problem: Problem, schedule: Schedule, operands: tuple[Operand, ...], has_bias: bool) -> Launch:
+    q, k, v, grad_out, _, grad_k, grad_v = operands
     table = _table(problem, schedule) if has_bias else None
     return _launch(key_backward_kernel, problem, schedule, (q, k, v, grad_k, grad_v, grad_out), table)
 
@@ -212,7 +225,8 @@ def _table(problem: Problem, schedule: Schedule) -> Launch:
     block = min(1024, rows * chunk)
     grid = (rows * chunk // block, classes * layout.max_chunks, problem.heads)
     options = {"ROWS": rows, "CHUNK": chunk, "BLOCK": block, "LONG_AXIS": layout.has_long_axis} | FUSION
-    arguments: Arguments = (layout.rows, layout.columns, problem.geometry.num_offsets, layout.max_chunks)
+    arrays = (layout.rows, layout.columns, *layout.codes)
+    arguments: tuple[Argument, ...] = (*arrays, problem.geometry.num_offsets, layout.max_chunks)
     return Launch(table_kernel, grid, arguments, options, shape=(problem.heads, pairs))
 
 
@@ -221,9 +235,9 @@ def _folds(problem: Problem, schedule: Schedule) -> tuple[Launch, Launch]:
     layout, heads = schedule.layout, problem.heads
     (programs, splits), classes, pairs = schedule.grid, len(layout.rows), layout.pairs
     offsets = problem.geometry.num_offsets
-    first: Arguments = (layout.first_run, programs, splits, heads, pairs)
+    first: tuple[Argument, ...] = (layout.first_run, programs, splits, heads, pairs)
     span = layout.columns.shape[2]
-    then: Arguments = (layout.rows, layout.columns, *layout.entries, classes, offsets, span)
+    then: tuple[Argument, ...] = (layout.rows, layout.columns, *layout.codes, *layout.entries, classes, offsets, span)
     options = {"BLOCK": 256, "STEP": 16} | FUSION
     grid = (pairs // 256, classes, heads)
     over_programs = Launch(sum_programs_kernel, grid, first, options, shape=(heads, classes, pairs))
@@ -236,16 +250,17 @@ def _launch(
     kernel: JITFunction,
     problem: Problem,
     schedule: Schedule,
-    places: tuple[Place, ...],
+    operands: tuple[Operand, ...],
     table: Launch | None = None,
     column_splits: int = 1,
     **form: bool,
 ) -> Launch:
-    """The launch of one of the kernels that attend, with the strides of these places, in one of its forms."""
+    """The launch of one of the kernels that attend, on these tensors of tokens, in one of its forms."""
     layout = schedule.layout
-    known: dict[str, Tensor | int | tuple] = {
+    known: dict[str, Argument] = {
         "layout": (layout.runs, layout.bases, layout.rows, layout.columns),
-        "strides": tuple(map(strides_of, places)),
+        "codes": layout.codes or None,
+        "strides": tuple(operand.strides for operand in operands),
         "batch": problem.batch,
         "batch_step": schedule.batch_step,
         "tokens": problem.geometry.num_tokens,
@@ -259,39 +274,34 @@ def _launch(
 
 
 def _problem(
-    geometry: Geometry | MapBatch, places: tuple[Place, ...], dtype: torch.dtype, device: torch.device, biased: bool,
-    tf32: bool, preset: Preset | None,
+    geometry: Geometry | MapBatch, operands: tuple[Operand, ...], dtype: torch.dtype, device: torch.device,
+    biased: bool, tf32: bool, preset: Preset | None,
 ) -> Problem:  # fmt: skip
-    """The problem of tensors in these places, the first of which are query, key and value."""
-    (query, _), (key, _), (value, _) = places[:3]
-    apart = max(*(strides_of(place)[1] for place in places), query[-2] * value[-1])
+    """The problem of these tensors, the first of which are query, key and value."""
+    query, key, value = (operand.shape for operand in operands[:3])
+    apart = max(*(operand.strides[1] for operand in operands), query[-2] * value[-1])
     wide = geometry.num_tokens * apart > MOST_NARROW
     sizes = (query[0], query[-2], key[-2], query[-1], value[-1])
     return problem_of(geometry, *sizes, dtype, device, biased, tf32, wide, preset)
 
 
-def strides_of(place: Place) -> tuple[int, int, int]:
-    """From batch item, token and head to the next."""
-    strides = find_strides(place)
-    if strides is None:
-        raise ValueError(f"tokens must lie evenly in memory, got shape {tuple(place[0])} with strides {place[1]}")
-    return strides
+def _operands(places: tuple[Place, ...]) -> tuple[tuple[Operand, ...], tuple[int, ...]]:
+    """The tensors in these places, and which of them have to be replaced by contiguous copies.
 
-
-def _even(places: tuple[Place, ...]) -> tuple[tuple[Place, ...], tuple[int, ...]]:
-    """Places in which three strides lead to all tokens, those of contiguous copies if need be, and which these are.
-
-    Strides that do not allow wide loads need a copy as well.
+    Three strides must lead to all tokens, and allow wide loads.
     """
-    each = map(find_strides, places)
-    uneven = tuple(i for i, strides in enumerate(each) if strides is None or any(x % ALIGNMENT for x in strides))
-    copies = ((shape, row_major_strides(shape)) if i in uneven else (shape, s) for i, (shape, s) in enumerate(places))
-    return tuple(copies), uneven
+    operands, uneven = [], []
+    for i, (shape, stride) in enumerate(places):
+        strides = find_strides(shape, stride)
+        if strides is None or any(x % ALIGNMENT for x in strides):
+            uneven.append(i)
+            strides = prod(shape[1:]), prod(shape[-2:]), shape[-1]
+        operands.append(Operand(shape, strides))
+    return tuple(operands), tuple(uneven)
 
 
-def find_strides(place: Place) -> tuple[int, int, int] | None:
+def find_strides(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, int, int] | None:
     """From batch item, token and head to the next, 0 where there is one; None if no three lead to all channels."""
-    shape, stride = place
     if stride[-1] != 1 and shape[-1] != 1:
         return None
     try:

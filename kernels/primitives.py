@@ -6,6 +6,7 @@ are pointers. Tile values say their shape, `[R, C]` or `[R, D]`.
 
 Arguments of all kernels:
     layout: Index arrays of a plan: runs, bases, rows, columns.
+    codes: Those of rows and columns, if there is a bias: a pair's entry is the sum of both.
     strides: Of each tensor of tokens, how far it is to the next batch item, token and head.
     bias_head: Distance from one head's bias to the next.
     seed, keep_from, keep_scale: Dropout, if there is a seed.
@@ -166,13 +167,24 @@ def sees_pairs(row_sight, col_sight, LONG_AXIS: tl.constexpr):
 
 
 @triton.jit
-def pair_bias(rpb, head_at, index, seen, inv_scale):
-    """Start of the logits' accumulator: bias / scale, and -inf where a row does not see a column."""
+def pair_bias(rpb, head_at, codes, tile_class, chunk, max_chunks, seen, inv_scale):
+    """Start of the logits' accumulator, `[R, C]`: bias / scale, and -inf where a row does not see a column."""
     if rpb is None:
         bias = tl.where(seen, 0.0, float("-inf"))
     else:
-        bias = tl.load(rpb + head_at + index, mask=seen, other=float("-inf")).to(tl.float32) * inv_scale
+        row_codes, col_codes = codes
+        ROWS: tl.constexpr = seen.shape[0]
+        CHUNK: tl.constexpr = seen.shape[1]
+        row_code = tl.load(row_codes + tile_class * ROWS + tl.arange(0, ROWS))
+        col_code = tl.load(col_codes + (tile_class * max_chunks + chunk) * CHUNK + tl.arange(0, CHUNK))
+        bias = find_bias(rpb + head_at, row_code[:, None] + col_code[None, :], seen, inv_scale)
     return bias
+
+
+@triton.jit
+def find_bias(rpb, index, seen, inv_scale):
+    """Bias / scale of pairs that see each other, and -inf of others."""
+    return tl.load(rpb + index, mask=seen, other=float("-inf")).to(tl.float32) * inv_scale
 
 
 @triton.jit
@@ -202,31 +214,35 @@ def read_items(batch, batch_step):
 
 
 @triton.jit
-def read_row(rows, tile_class, row, ROWS: tl.constexpr):
-    """Reads offset, bias code and what `sees` compares of some rows of a class."""
-    at = rows + tile_class * (5 * ROWS) + row
-    word, first, count = tl.load(at + 2 * ROWS), tl.load(at + 3 * ROWS), tl.load(at + 4 * ROWS)
-    return tl.load(at), tl.load(at + ROWS), (word.to(tl.int32), first.to(tl.int32), count.to(tl.int32))
+def read_row(rows, tile_class, row, ROWS: tl.constexpr, LONG_AXIS: tl.constexpr):
+    """Reads offset, and what `sees` compares, of some rows of a class. Where no axis is long, that is words alone."""
+    at = rows + tile_class * ((4 if LONG_AXIS else 2) * ROWS) + row
+    word = tl.load(at + ROWS).to(tl.int32)
+    first, count = word, word
+    if LONG_AXIS:
+        first, count = tl.load(at + 2 * ROWS).to(tl.int32), tl.load(at + 3 * ROWS).to(tl.int32)
+    return tl.load(at), (word, first, count)
 
 
 @triton.jit
-def read_column(columns, tile_class, column, span):
+def read_column(columns, tile_class, column, span, LONG_AXIS: tl.constexpr):
     """Reads them of some columns of a class."""
-    at = columns + tile_class * (4 * span) + column
-    word, place = tl.load(at + 2 * span), tl.load(at + 3 * span)
-    return tl.load(at), tl.load(at + span), (word.to(tl.int32), place.to(tl.int32))
+    at = columns + tile_class * ((3 if LONG_AXIS else 2) * span) + column
+    word = tl.load(at + span).to(tl.int32)
+    place = tl.load(at + 2 * span).to(tl.int32) if LONG_AXIS else word
+    return tl.load(at), (word, place)
 
 
 @triton.jit
-def read_rows(rows, tile_class, ROWS: tl.constexpr):
+def read_rows(rows, tile_class, ROWS: tl.constexpr, LONG_AXIS: tl.constexpr):
     """`read_row` of all rows of a class, `[R]` each."""
-    return read_row(rows, tile_class, tl.arange(0, ROWS), ROWS)
+    return read_row(rows, tile_class, tl.arange(0, ROWS), ROWS, LONG_AXIS)
 
 
 @triton.jit
-def read_columns(columns, tile_class, chunk, max_chunks, CHUNK: tl.constexpr):
+def read_columns(columns, tile_class, chunk, max_chunks, CHUNK: tl.constexpr, LONG_AXIS: tl.constexpr):
     """`read_column` of a chunk of a class's columns, `[C]` each."""
-    return read_column(columns, tile_class, chunk * CHUNK + tl.arange(0, CHUNK), max_chunks * CHUNK)
+    return read_column(columns, tile_class, chunk * CHUNK + tl.arange(0, CHUNK), max_chunks * CHUNK, LONG_AXIS)
 
 
 @triton.jit
@@ -249,17 +265,17 @@ def drop(x, dropout, query_tok, key_tok, batch_head):
 
 @triton.jit(do_not_specialize=["offsets", "max_chunks"])
 def table_kernel(
-    rpb, table, rows, columns, offsets, max_chunks, scale,
+    rpb, table, rows, columns, row_codes, col_codes, offsets, max_chunks, scale,
     ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, LONG_AXIS: tl.constexpr,
 ):  # fmt: skip
     """Writes the bias of all pairs, chunk by chunk of a tile class. Grid (blocks of a chunk, chunks, heads)."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tile_class, chunk = tl.program_id(1) // max_chunks, tl.program_id(1) % max_chunks
     row, col = pair_at(place, ROWS)
-    _row_off, row_code, row_sight = read_row(rows, tile_class, row, ROWS)
-    _col_off, col_code, col_sight = read_column(columns, tile_class, chunk * CHUNK + col, max_chunks * CHUNK)
-    seen = sees(row_sight, col_sight, LONG_AXIS)
+    _row_off, row_sight = read_row(rows, tile_class, row, ROWS, LONG_AXIS)
+    _col_off, col_sight = read_column(columns, tile_class, chunk * CHUNK + col, max_chunks * CHUNK, LONG_AXIS)
+    index = tl.load(row_codes + tile_class * ROWS + row) + tl.load(col_codes + tl.program_id(1) * CHUNK + col)
     head = tl.program_id(2)
-    bias = pair_bias(rpb, head * offsets, row_code + col_code, seen, 1 / scale)
+    bias = find_bias(rpb + head * offsets, index, sees(row_sight, col_sight, LONG_AXIS), 1 / scale)
     chunk_of_head = head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     tl.store(table + chunk_of_head * (ROWS * CHUNK) + place, bias)

@@ -109,7 +109,7 @@ def schedule_of(problem: Problem, pass_: Pass) -> Schedule:
     batch_step = min(items, problem.batch)
     # Powers of two, so that batches of any size share few layouts.
     tiles_per_run = 1 << max(0, (items // problem.batch).bit_length() - 1)
-    layout = layout_of(plan, tiles_per_run, problem.wide, problem.device)
+    layout = layout_of(plan, tiles_per_run, problem.biased, problem.wide, problem.device)
     warps = min(config.warps, _room(architecture, problem.bits, layout.row_slots, plan.chunk))
     options = {
         "D": problem.dim,

@@ -23,18 +23,19 @@ def layouts() -> list[Layout]:
         for transposed in (False, True):
             plan = Plan(geometry, ((40, 1, 2, 3, 5)[number % 5],), chunk=16, transposed=transposed)
             plan = Plan(geometry, plan.tile, plan.largest[0] + number % 3, 16, transposed)
-            found.append(layout_of(plan, 1 + number % 4, False, torch.device("cpu")))
+            found.append(layout_of(plan, 1 + number % 4, True, False, torch.device("cpu")))
     return found
 
 
 def pairs_of(layout: Layout) -> np.ndarray:
     """Bias index of every pair of every class, or MASKED, as the kernels work it out."""
     rows, columns = layout.rows.numpy(), layout.columns.numpy()
-    seen = rows[:, 2, :, None] & columns[:, 2, None, :] == 0
-    place = columns[:, 3, None, :] - rows[:, 3, :, None]
+    seen = rows[:, 1, :, None] & columns[:, 1, None, :] == 0
     if layout.has_long_axis:
-        seen &= (place >= 0) & (place < rows[:, 4, :, None])
-    return np.where(seen, rows[:, 1, :, None] + columns[:, 1, None, :], MASKED)
+        place = columns[:, 2, None, :] - rows[:, 2, :, None]
+        seen &= (place >= 0) & (place < rows[:, 3, :, None])
+    row_code, column_code = (codes.numpy() for codes in layout.codes)
+    return np.where(seen, row_code[:, :, None] + column_code[:, None, :], MASKED)
 
 
 def test_tokens_are_bases_and_offsets_and_runs_hold_every_tile_once(layouts: list[Layout]) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from dinat_triton.candidates import AxisCounts, Candidates
 from dinat_triton.geometry import Geometry
-from dinat_triton.plan import MASKED, Plan, tile_axis
+from dinat_triton.plan import MASKED, Plan, plan_axis
 from dinat_triton.runs import cut
 from tests.oracles import sampling
 
@@ -153,7 +153,7 @@ def test_plans_are_quick(geometry: Geometry, tile: tuple[int, ...], seconds: flo
 
     def once() -> float:
         start = time.process_time()
-        tile_axis.cache_clear()
+        plan_axis.cache_clear()
         _ = [(c.rows, c.columns, c.row_base, c.col_base) for c in Plan(geometry, tile).classes]
         return time.process_time() - start
 
