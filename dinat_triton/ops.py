@@ -49,7 +49,8 @@ LIBRARY.define(
 )
 
 # Types of arguments that torch's dispatcher hands on as they are.
-PLAIN = {Tensor, nn.Parameter, list, tuple, int, float, bool, str, type(None)}
+PLAIN_TENSORS = {Tensor, nn.Parameter}
+PLAIN = PLAIN_TENSORS | {list, tuple, int, float, bool, str, type(None)}
 
 FUSED, FUSED_BACKWARD = torch.ops.dinat_triton.fused.default, torch.ops.dinat_triton.fused_backward.default
 FUSED_JVP = torch.ops.dinat_triton.fused_jvp.default
@@ -346,7 +347,7 @@ def _is_watched(qkv, args) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch.autograd._profiler_enabled()
         or not PLAIN.issuperset(map(type, (*qkv, *args)))
-        or any([x.is_neg() for x in qkv])
+        or any([type(x) in PLAIN_TENSORS and x.is_neg() for x in (*qkv, *args)])
     )
 
 

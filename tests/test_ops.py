@@ -2,11 +2,13 @@
 
 import io
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 from torch.library import opcheck
+from torch.utils._pytree import tree_leaves
 
 import dinat_triton as dt
 from dinat_triton import tiled
@@ -197,3 +199,23 @@ def test_packed_inputs_get_one_packed_gradient() -> None:
     apart = gradients(lambda: attend(list(qkv.unbind(3)), WINDOW, rpb, None, 0.0, True), [qkv, rpb])
     same(packed, apart)
     assert packed[2].is_contiguous()
+
+
+def test_backends_see_no_tensor_that_stands_for_its_negative(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, originals = [], {name: getattr(tiled, name) for name in ("forward", "backward")}
+
+    def run(name: str, *arguments: object) -> object:
+        seen.append(any(x.is_neg() for x in tree_leaves(arguments) if isinstance(x, Tensor)))
+        return originals[name](*arguments)
+
+    for name in originals:
+        monkeypatch.setattr(tiled, name, partial(run, name))
+
+    def negative(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.complex64).conj().imag
+
+    qkv, rpb = inputs()
+    for query, bias in ((qkv[0], negative(4, 5, 5)), (negative(2, 6, 7, 4, 8), rpb), (qkv[0], rpb)):
+        out, _ = torch.ops.dinat_triton.na([query, *qkv[1:]], WINDOW, bias, backend="tiled")
+        out.backward(negative(*out.shape))
+    assert seen == [False] * 6
