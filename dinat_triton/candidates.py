@@ -1,6 +1,6 @@
 """Tiles worth trying for a geometry, and what each would cost: arithmetic on counts per axis, with no plan built.
 
-A plan is a product over axes, and so are its counts. Each axis is cut into runs of every length worth trying at once;
+A plan is a product over axes, and so are its counts. Each axis is cut into tiles of every length worth trying at once;
 what that gives is shared by all geometries, passes and maps that have such an axis.
 """
 
@@ -11,77 +11,77 @@ from math import prod
 
 import numpy as np
 
+from dinat_triton.axis_cuts import AxisCuts, cut_axis
 from dinat_triton.geometry import Axis, Geometry, IntArray, counted
-from dinat_triton.runs import Runs, cut
 
 # Axes are cut for tiles of so many rows at least, so that passes with smaller tiles share what was counted.
 SHARED_ROWS = 64
 
 
 class AxisCounts:
-    """Counts of an axis that is cut into runs of each length worth trying, `[lengths]` each."""
+    """Counts of an axis that is cut into tiles of each length worth trying, `[lengths]` each."""
 
-    def __init__(self, runs: Runs):
-        self._runs, self.lengths = runs, runs.lengths
+    def __init__(self, cuts: AxisCuts):
+        self._cuts, self.lengths = cuts, cuts.lengths
 
     @cached_property
     def num_tiles(self) -> IntArray:
         """Tiles."""
-        return self._sum(self._runs.tiles)
+        return self._sum(self._cuts.tiles)
 
     @cached_property
     def col_loads(self) -> IntArray:
         """Columns of all tiles."""
-        return self._sum(self._runs.tiles * self._runs.columns)
+        return self._sum(self._cuts.tiles * self._cuts.columns)
 
     @cached_property
     def scores(self) -> IntArray:
         """Pairs of all tiles."""
-        return self._sum(self._runs.tiles * self._runs.rows * self._runs.columns)
+        return self._sum(self._cuts.tiles * self._cuts.rows * self._cuts.columns)
 
     @cached_property
     def most_columns(self) -> IntArray:
         """Columns of the widest tile."""
-        return np.maximum.reduceat(self._runs.columns, np.searchsorted(self._runs.run, np.arange(len(self.lengths))))
+        return np.maximum.reduceat(self._cuts.columns, np.searchsorted(self._cuts.cut, np.arange(len(self.lengths))))
 
     @cached_property
     def pictures(self) -> tuple[IntArray, IntArray]:
         """Different tiles, and their pairs."""
-        marks = np.array((*self._runs.pictures, self._runs.run))
+        marks = np.array((*self._cuts.pictures, self._cuts.cut))
         order = np.lexsort(marks)
         different = order[np.append(True, (np.diff(marks[:, order]) != 0).any(0))]
-        run, pairs = self._runs.run[different], (self._runs.rows * self._runs.columns)[different]
-        return np.bincount(run), np.bincount(run, pairs).astype(np.int64)
+        cut, pairs = self._cuts.cut[different], (self._cuts.rows * self._cuts.columns)[different]
+        return np.bincount(cut), np.bincount(cut, pairs).astype(np.int64)
 
     @cached_property
     def widths(self) -> tuple[IntArray, IntArray]:
         """`[lengths, widths]`: the numbers of columns that tiles have, and how many have each; padded with 0."""
-        spread = int(self._runs.columns.max()) + 1
-        found, kind = np.unique(self._runs.run * spread + self._runs.columns, return_inverse=True)
-        run, column = np.divmod(found, spread)
-        _, place = counted(np.bincount(run))
+        spread = int(self._cuts.columns.max()) + 1
+        found, kind = np.unique(self._cuts.cut * spread + self._cuts.columns, return_inverse=True)
+        cut, column = np.divmod(found, spread)
+        _, place = counted(np.bincount(cut))
         columns, tiles = np.zeros((2, len(self.lengths), int(place.max()) + 1), dtype=np.int64)
-        columns[run, place], tiles[run, place] = column, np.bincount(kind, self._runs.tiles)
+        columns[cut, place], tiles[cut, place] = column, np.bincount(kind, self._cuts.tiles)
         return columns, tiles
 
     def _sum(self, counts: IntArray) -> IntArray:
-        return np.bincount(self._runs.run, counts).astype(np.int64)
+        return np.bincount(self._cuts.cut, counts).astype(np.int64)
 
 
 @lru_cache(maxsize=256)
 def count_axis(axis: Axis, most_rows: int, transposed: bool = False, parts: bool = False) -> AxisCounts:
-    """Counts of an axis under each run of at most so many rows that is worth trying."""
-    return AxisCounts(cut(axis, run_lengths(axis, most_rows, parts), transposed))
+    """Counts of an axis in tiles of each length worth trying, of at most so many rows."""
+    return AxisCounts(cut_axis(axis, tile_lengths(axis, most_rows, parts), transposed))
 
 
-def run_lengths(axis: Axis, most_rows: int, parts: bool) -> IntArray:
-    """Runs that cut the longest residue class evenly: of whole strides, and if need be of even parts of one."""
+def tile_lengths(axis: Axis, most_rows: int, parts: bool) -> IntArray:
+    """Lengths that cut the longest residue class evenly: whole strides, and if need be even parts of one."""
     length = -(-axis.size // axis.dilation)
-    run = np.arange(1, min(length, max(most_rows, 1)) + 1)
-    pieces = -(-length // run)
-    even = run[-(-length // pieces) == run]
-    run = np.where(parts & (axis.stride % even == 0), even, -(-even // axis.stride) * axis.stride)
-    return np.unique(np.minimum(run, length))
+    tile = np.arange(1, min(length, max(most_rows, 1)) + 1)
+    pieces = -(-length // tile)
+    even = tile[-(-length // pieces) == tile]
+    tile = np.where(parts & (axis.stride % even == 0), even, -(-even // axis.stride) * axis.stride)
+    return np.unique(np.minimum(tile, length))
 
 
 class Candidates:

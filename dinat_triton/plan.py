@@ -3,12 +3,12 @@
 In a forward plan rows are queries and columns are keys; in a transposed plan (for the gradients of keys and values)
 rows are keys and columns are the queries that see them. A backend needs nothing else: it never sees a window.
 
-Along one axis a tile is a run of consecutive class indices of one residue class; its columns are the union of its rows'
-intervals, again a run. Where an axis wraps around, a run of columns may pass an end, and a long one names a token more
-than once: still every row sees each of its keys in one column. Tiles with the same relative picture (all interior
-tiles, each kind of border) form a tile class and are translations of one another: a token is its tile's base plus an
-offset of the class. In N dimensions all this is a Cartesian product, so a plan keeps vectors and never a matrix of
-tiles and columns.
+Along one axis a tile is a stretch of consecutive class indices of one residue class; its columns are the union of its
+rows' intervals, again a stretch. Where an axis wraps around, one of columns may pass an end, and a long one names a
+token more than once: still every row sees each of its keys in one column. Tiles with the same relative picture (all
+interior tiles, each kind of border) form a tile class and are translations of one another: a token is its tile's base
+plus an offset of the class. In N dimensions all this is a Cartesian product, so a plan keeps vectors and never a matrix
+of tiles and columns.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from math import prod
 
 import numpy as np
 
+from dinat_triton.axis_cuts import AxisCuts, cut_axis
 from dinat_triton.geometry import (
     Axis,
     Geometry,
@@ -30,7 +31,6 @@ from dinat_triton.geometry import (
     outer_index,
     outer_sum,
 )
-from dinat_triton.runs import Runs, cut
 
 MASKED = -1  # in rel: the row does not see this column
 
@@ -114,35 +114,35 @@ class AxisPlan:
 
 @lru_cache(maxsize=256)
 def plan_axis(axis: Axis, tile: int, transposed: bool = False) -> AxisPlan:
-    """Cuts every residue class of an axis into runs of `tile` rows, grouped by their relative picture."""
-    runs = cut(axis, np.array([tile]), transposed)
-    kind, chosen = _kinds(runs)
-    rows, columns, ahead = runs.rows[chosen], runs.columns[chosen], (runs.row - runs.column)[chosen]
+    """Cuts every residue class of an axis into stretches of `tile` rows, grouped by their relative picture."""
+    cuts = cut_axis(axis, np.array([tile]), transposed)
+    kind, chosen = _group(cuts)
+    rows, columns, ahead = cuts.rows[chosen], cuts.columns[chosen], (cuts.row - cuts.column)[chosen]
     (of_row, row), (of_column, column) = counted(rows), counted(columns)
-    seen_from, at = runs.column[chosen][of_row], runs.first[chosen][of_row] + row
+    seen_from, at = cuts.column[chosen][of_row], cuts.first[chosen][of_row] + row
     row_index, origin = row + ahead[of_row], np.zeros(1, dtype=np.int64)
     row_code, col_code = -row_index, axis.offset(column, origin)
     if transposed:
         row_code, col_code = axis.offset(row_index, origin), -column
-    of_tile, row_start = _starts(axis, runs, kind)
+    of_tile, row_start = _starts(axis, cuts, kind)
     col_start = (row_start - ahead[of_tile] * axis.dilation) % axis.size
     tiles = np.bincount(of_tile)
     anchor = col_start[tiles.cumsum() - tiles][of_column]
     col_offset = (anchor + column * axis.dilation) % axis.size - anchor
-    first, last = runs.start[at] - seen_from, runs.end[at] - seen_from - 1
+    first, last = cuts.start[at] - seen_from, cuts.end[at] - seen_from - 1
     return AxisPlan(rows, columns, tiles, first, last, col_offset, row_code, col_code, row_start, col_start)
 
 
-def _kinds(runs: Runs) -> tuple[IntArray, IntArray]:
-    """The class of each entry, and the first entry of each class.
+def _group(cuts: AxisCuts) -> tuple[IntArray, IntArray]:
+    """Groups entries by their picture: the class of each, and the first of each class.
 
     A picture is where its first row lies from its first column, where its columns wrap around, and what its rows see.
     """
     kinds: dict[tuple[int, int, bytes, bytes], int] = {}
-    places = zip(runs.row.tolist(), runs.column.tolist(), runs.seam.tolist(), runs.first, runs.past, strict=True)
+    places = zip(cuts.row.tolist(), cuts.column.tolist(), cuts.seam.tolist(), cuts.first, cuts.past, strict=True)
     kind = [
         kinds.setdefault(
-            (row - column, seam, (runs.start[at:past] - column).tobytes(), (runs.end[at:past] - column).tobytes()),
+            (row - column, seam, (cuts.start[at:past] - column).tobytes(), (cuts.end[at:past] - column).tobytes()),
             len(kinds),
         )
         for row, column, seam, at, past in places
@@ -150,14 +150,14 @@ def _kinds(runs: Runs) -> tuple[IntArray, IntArray]:
     return np.array(kind), np.unique(kind, return_index=True)[1]
 
 
-def _starts(axis: Axis, runs: Runs, kind: IntArray) -> tuple[IntArray, IntArray]:
+def _starts(axis: Axis, cuts: AxisCuts, kind: IntArray) -> tuple[IntArray, IntArray]:
     """The class and the first row's position of every tile, class by class."""
     entries = np.argsort(kind, kind="stable")
-    entry, place = counted(runs.tiles[entries])
+    entry, place = counted(cuts.tiles[entries])
     entry = entries[entry]
-    number, residue = np.divmod(place, runs.residues[runs.residue_class[entry]])
-    row = (runs.number[entry] + number * runs.step[entry]) * runs.lengths[0]
-    return kind[entry], row * axis.dilation + runs.first_residue[runs.residue_class[entry]] + residue
+    number, residue = np.divmod(place, cuts.residues[cuts.residue_class[entry]])
+    row = (cuts.number[entry] + number * cuts.step[entry]) * cuts.lengths[0]
+    return kind[entry], row * axis.dilation + cuts.first_residue[cuts.residue_class[entry]] + residue
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,7 +27,7 @@ from dinat_triton.tile_groups import SCORES_AT_ONCE, CutClass, Group, cut_of
 SCORE_NS, TOKEN_NS, ENTRY_NS, CLASS_NS = 0.7, 15.0, 0.4, 40_000.0
 MOST_ROWS = 1024
 # What decides how fast a tile is.
-SOURCES = ("tiled.py", "candidates.py", "runs.py", "device_tiles.py", "tile_groups.py", "plan.py", "bias.py")
+SOURCES = ("tiled.py", "candidates.py", "axis_cuts.py", "device_tiles.py", "tile_groups.py", "plan.py", "bias.py")
 
 
 def forward(

@@ -34,7 +34,7 @@ TABLES = Path(__file__).parent / "tuned"
 SOURCES = (
     "plan.py",
     "candidates.py",
-    "runs.py",
+    "axis_cuts.py",
     *(f"kernels/{name}.py" for name in ("forward", "backward", "primitives", "layout", "schedule", "configs")),
 )
 # Architectures whose kernels differ from another's in the shared memory that they may use alone share its table.

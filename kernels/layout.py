@@ -164,8 +164,10 @@ def _rows(size: SizePlan, slots: int, windows: list[IntArray], shifts: list[int 
     """`[classes, fields, slots]`: the rows of all classes, bias codes last."""
     fields = []
     for axis, dilation, window, shift in zip(size.plan.axes, size.plan.geometry.dilation, windows, shifts, strict=True):
-        _, number = axis.each_row
-        sight = _sight(1 << window + (shift or 0), (axis.first, axis.last - axis.first + 1), shift, shifts)
+        (_, number), none = axis.each_row, np.zeros_like(axis.first)
+        sight = [none if shift is None else 1 << shift + window]
+        if None in shifts:
+            sight += [none, none] if shift is not None else [axis.first, axis.last - axis.first + 1]
         fields.append([number * dilation, *sight, axis.row_code])
     return _slots(size, "rows", slots, fields, ROW_BIT)
 
@@ -174,18 +176,12 @@ def _columns(size: SizePlan, slots: int, windows: list[IntArray], shifts: list[i
     """`[classes, fields, slots]`: the columns of all classes, bias codes last."""
     fields = []
     for axis, window, shift in zip(size.plan.axes, windows, shifts, strict=True):
-        unseen, (_, number) = _windows_without(axis, window), axis.each_column
-        sight = _sight(unseen << (shift or 0), (number,), shift, shifts)
+        (_, number), none = axis.each_column, np.zeros_like(axis.col_offset)
+        sight = [none if shift is None else _windows_without(axis, window) << shift]
+        if None in shifts:
+            sight += [none] if shift is not None else [number]
         fields.append([axis.col_offset, *sight, axis.col_code])
     return _slots(size, "columns", slots, fields, COLUMN_BIT)
-
-
-def _sight(word: IntArray, places: tuple[IntArray, ...], shift: int | None, shifts: list[int | None]) -> list[IntArray]:
-    """What tells on one axis who sees whom: places on the long axis, if there is one, and words on the others."""
-    if None not in shifts:
-        return [word]
-    none = np.zeros_like(word)
-    return [none, *places] if shift is None else [word, *(none for _ in places)]
 
 
 def _slots(size: SizePlan, of: str, slots: int, per_axis: list[list[IntArray]], bit: int) -> IntArray:

@@ -6,10 +6,10 @@ import time
 import numpy as np
 import pytest
 
+from dinat_triton.axis_cuts import cut_axis
 from dinat_triton.candidates import AxisCounts, Candidates
 from dinat_triton.geometry import Geometry
 from dinat_triton.plan import MASKED, Plan, plan_axis
-from dinat_triton.runs import cut
 from tests.oracles import sampling
 
 SAMPLES = sampling.samples(120, seed=5, max_tokens=150, borders=sampling.BORDERS)
@@ -91,7 +91,7 @@ def test_tiles_of_any_length_are_counted_by_what_they_see(transposed: bool) -> N
     for size, kernel, stride in itertools.product(range(7, 12), range(2, 6), range(2, 5)):
         if stride <= kernel <= size:
             g, lengths = Geometry((size,), (kernel,), stride=(stride,), is_causal=(True,)), np.arange(1, size + 1)
-            tiles, pairs = AxisCounts(cut(g.axes[0], lengths, transposed)).pictures
+            tiles, pairs = AxisCounts(cut_axis(g.axes[0], lengths, transposed)).pictures
             costs = [Plan(g, (length,), transposed=transposed).cost() for length in lengths.tolist()]
             assert tiles.tolist() == [cost.launches for cost in costs], g
             assert pairs.tolist() == [cost.table_entries for cost in costs], g

@@ -1,4 +1,4 @@
-"""An axis cut into runs of rows, which are its tiles: every kind of tile once, and not every tile."""
+"""An axis cut into stretches of rows, which are its tiles: every kind of tile once, and not every tile."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ INVERSE = pow(FACTOR, -1, 1 << 64) - (1 << 64)
 
 
 @dataclass(frozen=True, eq=False)
-class Runs:
-    """Tiles of an axis under each of some lengths of run. An entry stands for tiles of one length and one picture.
+class AxisCuts:
+    """An axis cut into tiles of each of some lengths. An entry stands for tiles of one length and one picture.
 
     Attributes:
-        lengths: `[runs]`: rows of a tile; the last of a residue class may have fewer.
+        lengths: `[cuts]`: rows of a tile; the last of a residue class may have fewer.
         start, end: Half-open intervals of columns that rows see, of all residue classes one after the other.
         first_residue, residues: Of each residue class, the first and how many.
-        run, residue_class: `[entries]`: which length, and where.
+        cut, residue_class: `[entries]`: which length, and where.
         row: `[entries]`: class index of the first row of its first tile.
         first, past: `[entries]`: where the rows of its first tile are in `start` and `end`.
         number, stop, step: `[entries]`: the range of its tiles, counted from the ends of their residue class.
@@ -34,7 +34,7 @@ class Runs:
     end: IntArray
     first_residue: IntArray
     residues: IntArray
-    run: IntArray
+    cut: IntArray
     residue_class: IntArray
     row: IntArray
     first: IntArray
@@ -85,14 +85,14 @@ class Runs:
         return total * inverses[self.first]
 
 
-def cut(axis: Axis, lengths: IntArray, transposed: bool) -> Runs:
-    """Cuts every residue class of an axis into runs of each length."""
+def cut_axis(axis: Axis, lengths: IntArray, transposed: bool) -> AxisCuts:
+    """Cuts every residue class of an axis into tiles of each length."""
     classes = list(axis.residue_classes())
     starts, ends = zip(*(axis.observers(n) if transposed else axis.windows(n) for n, _ in classes), strict=True)
     sizes = np.array([length for length, _ in classes])
     # One by one near the ends, where tiles have pictures of their own; between, pictures repeat with the stride.
-    run, residue_class = np.divmod(np.arange(len(lengths) * len(classes)), len(classes))
-    length, size = lengths[run], sizes[residue_class]
+    cut, residue_class = np.divmod(np.arange(len(lengths) * len(classes)), len(classes))
+    length, size = lengths[cut], sizes[residue_class]
     end = -(-size // length)
     left = np.minimum(-(-axis.margin // length), end)
     right = np.maximum(left, (size - axis.margin) // length)
@@ -104,13 +104,13 @@ def cut(axis: Axis, lengths: IntArray, transposed: bool) -> Runs:
     number = kind + np.where(is_right, right - left - between, 0)
     row = number * length
     first = row + (sizes.cumsum() - sizes)[residue_class[owner]]
-    return Runs(
+    return AxisCuts(
         lengths,
         np.concatenate(starts),
         np.concatenate(ends),
         np.array([residues[0] for _, residues in classes]),
         np.array([len(residues) for _, residues in classes]),
-        run[owner],
+        cut[owner],
         residue_class[owner],
         row,
         first,
