@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dinat_triton import ops, tiled  # noqa: F401  (ops defines what is counted)
+from dinat_triton import fused, tiled  # noqa: F401  (fused defines what is counted)
 from dinat_triton.geometry import Geometry, geometry_of
 from dinat_triton.map_batch import map_batch_of
 from dinat_triton.passes import BIAS, TRAFFIC, Pass

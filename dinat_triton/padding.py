@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from dinat_triton.ops import LIBRARY
+from dinat_triton.fused import LIBRARY
 
 LIBRARY.define("resize(Tensor x, SymInt[] shape) -> Tensor")
 RESIZE = torch.ops.dinat_triton.resize.default

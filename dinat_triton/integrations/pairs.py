@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from dinat_triton.device_tiles import DeviceTiles, vectors_of
+from dinat_triton.fused import LIBRARY
 from dinat_triton.geometry import Geometry, IntArray, geometry_of, outer_index, rank_of
-from dinat_triton.ops import LIBRARY
 from dinat_triton.plan import AxisTiles, Plan, TileClass
 from dinat_triton.reference import accumulator
 from dinat_triton.tiled import choose_tile

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from dinat_triton.functional import na1d, na2d
+from dinat_triton.fused import LIBRARY
 from dinat_triton.integrations.natten.arguments import KNOBS, Refused, our_backend, refusing
 from dinat_triton.integrations.natten.eight_bit import takes_eight_bit
 from dinat_triton.integrations.natten.varlen import packing, sequences
 from dinat_triton.merging import merge
-from dinat_triton.ops import LIBRARY
 from dinat_triton.reference import accumulator
 
 __all__ = ["attention", "merge_attentions"]
