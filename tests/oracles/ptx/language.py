@@ -75,6 +75,7 @@ def parse(text: str) -> Kernel:
             code.append(Instruction(name.split("."), parsed, (predicate, not negated) if predicate else None, line))
         elif line and line[0] not in ".}":
             raise NotImplementedError(line)
+    code, labels = _in_order(code, labels)
     return Kernel(
         threads=int(re.findall(r"\.reqntid (\d+)", head)[0]),
         parameters={name: TYPES[kind] for kind, name in re.findall(r"\.param \.(\w+)[^,)]*?(\w+)[,\n]", head)},
@@ -82,6 +83,44 @@ def parse(text: str) -> Kernel:
         code=code,
         labels=labels,
     )
+
+
+def _in_order(code: list[Instruction], labels: dict[str, int]) -> tuple[list[Instruction], dict[str, int]]:
+    """Puts blocks in an order in which loops alone jump back. Compilers lay rarely used ones out of the way."""
+    jumps = [at + 1 for at, x in enumerate(code) if x.operation in ("bra", "ret")]
+    starts = sorted({0, *labels.values(), *jumps} - {len(code)})
+    ends = dict(zip(starts, [*starts[1:], len(code)], strict=True))
+
+    def next_of(start: int) -> list[int]:
+        """The block that a block falls through to, if it does."""
+        last, end = code[ends[start] - 1], ends[start]
+        return [end] if end < len(code) and (last.guard or last.operation not in ("bra", "ret")) else []
+
+    def following(start: int) -> list[int]:
+        """The blocks that a block leads to."""
+        last = code[ends[start] - 1]
+        return ([labels[last.operands[0]]] if last.operation == "bra" else []) + next_of(start)
+
+    order: list[int] = []
+    seen, path = {0}, [(0, iter(following(0)))]
+    while path:  # a block stands before all that it leads to
+        start, others = path[-1]
+        to = next((x for x in others if x not in seen), None)
+        if to is None:
+            order.insert(0, start)
+            path.pop()
+        else:
+            seen.add(to)
+            path.append((to, iter(following(to))))
+
+    moved: list[Instruction] = []
+    places = {}
+    for start, after in zip(order, [*order[1:], None], strict=True):
+        places[start] = len(moved)
+        moved += code[start : ends[start]]
+        moved += [Instruction(["bra"], [f"block {x}"], None, "bra") for x in next_of(start) if x != after]
+    names = {f"block {start}": at for start, at in places.items()}
+    return moved, names | {name: places[at] for name, at in labels.items() if at in places}
 
 
 def _operands(text: str) -> list[Operand]:
