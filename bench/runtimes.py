@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,8 +28,8 @@ def exported(to: str, dtype: torch.dtype, model: nn.Module, images: Tensor) -> S
 
 
 def in_bfloat16(model: nn.Module, images: Tensor) -> Step:
-    model, images = model.bfloat16(), images.bfloat16()
-    return torch.inference_mode()(lambda: model(images))
+    rounded, images = deepcopy(model).bfloat16(), images.bfloat16()
+    return torch.inference_mode()(lambda: rounded(images))
 
 
 def in_int8(model: nn.Module, images: Tensor) -> Step:

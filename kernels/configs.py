@@ -122,7 +122,7 @@ def architecture_of(device: torch.device) -> Architecture:
 
 
 def rule(pass_: Pass, dim: int, bits: int, biased: bool = True) -> Config:
-    """A config that fits every GPU that Triton knows: small tiles, little shared memory, no spills.
+    """A config that fits every GPU that Triton knows: small tiles, little shared memory, few spills.
 
     Args:
         pass_: What it is for.

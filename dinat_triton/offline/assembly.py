@@ -126,7 +126,7 @@ def unset(instructions: Sequence[str]) -> list[str]:
 
 def _target(name: str, operands: Sequence[str]) -> int:
     """Number of operands up to the uniform register that is written, behind predicates; 0 if none is."""
-    if name.startswith(("U", "R2UR", "S2UR", "LDCU", "VOTEU", "REDUX")):
+    if name.startswith(("U", "R2UR", "S2UR", "LDCU", "VOTEU", "REDUX", "CREDUX")):
         place = next((i for i, x in enumerate(operands) if not re.fullmatch(r"!?U?P(T|\d)", x)), 0)
         if operands and re.fullmatch(r"UR\d+", operands[place]):
             return place + 1
