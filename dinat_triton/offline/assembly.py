@@ -115,6 +115,8 @@ def unset(instructions: Sequence[str]) -> list[str]:
     for text in instructions:
         name, *operands = re.sub(r"^@!?U?P\w+ ", "", text).replace(",", " ").split()
         target = _target(name, operands)
+        if name == "MOV.SPILL":  # puts aside whatever is there, and FILL puts it back
+            continue
         for first, count in (each for x in operands[target:] for each in _uniform(name, x, operands)):
             found += [f"UR{n}" for n in range(first, first + count) if n not in written]
         if target:
