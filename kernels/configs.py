@@ -38,7 +38,10 @@ SOURCES = (
     *(f"kernels/{name}.py" for name in ("forward", "backward", "primitives", "layout", "schedule", "configs")),
 )
 # Architectures whose kernels differ from another's in the shared memory that they may use alone share its table.
-LIKE = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_120": "sm_80"}
+LIKE = {
+    **dict.fromkeys(("sm_86", "sm_87", "sm_89", "sm_120", "sm_121"), "sm_80"),
+    **dict.fromkeys(("sm_103", "sm_110"), "sm_100"),
+}
 # One loaded token of one head weighs as much as this many scores per channel byte: the cache's bandwidth against the
 # rate of exponentials, on the data-center GPUs alike.
 SCORES_PER_BYTE = 1.4

@@ -251,7 +251,7 @@ def tune_kernels(
         return lambda pass_, configs: run.score(in_order(configs), backward=pass_.is_backward)
 
     # A table that ships for several GPUs has to fit them all.
-    alike = [] if device else [TARGETS[name].shared for name, like in LIKE.items() if like == target.name]
+    alike = [] if device else [each.shared for name, each in TARGETS.items() if LIKE.get(name) == target.name]
     with compilers(target, jobs) as submit:
         model = Model(target, dtype, submit, min([target.shared, *alike]))
         return KernelSearch(layers, model, budget, clock_of if device else None, general).run()
