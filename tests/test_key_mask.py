@@ -36,7 +36,7 @@ def test_packed_tensors_and_graphs(backend: str) -> None:
     assert not out[1].any()
     assert lse[1].isneginf().all()
     arguments = ([qkv], WINDOW, rpb, None, 0.0, True, backend, None, key_mask)
-    for run in (ops.na, ops.opened):
+    for run in (ops.na, ops.opened) if torch.__version__ >= "2.14" else (ops.na,):  # older ones have no export
         torch.testing.assert_close(run(*arguments), (out, lse))
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(qkv, rpb, key_mask, backend, return_lse=True), (out, lse))
