@@ -111,8 +111,7 @@ def _is_odd(qkv: list[Tensor]) -> bool:
 
     Kernels that spill so much are slow, and ptxas 12.8 compiles some of them to something wrong.
     """
-    query, _, value = unpack(qkv)
-    return query.shape[-1] % ALIGNMENT > 0 or value.shape[-1] % ALIGNMENT > 0
+    return any([x.shape[-1] % ALIGNMENT > 0 for x in split_mask(qkv)[0]])
 
 
 def _widened(qkv: list[Tensor]) -> list[Tensor]:
