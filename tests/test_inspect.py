@@ -72,6 +72,19 @@ def test_all_other_head_dims(arch: str, dtype: str, tmp_path: Path) -> None:
         assert all("spills" in complaint for complaint in kernel["complaints"]), (dim, kernel)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_86", "sm_90"])
+def test_float32_that_may_round_fits_the_same_configs(arch: str) -> None:
+    """Matrix units take their operands in another shape, and more of them from shared memory."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        for dim in (64, 128, 256):
+            for variant in variants_of(replace(SLIDING, dim=dim), TARGETS[arch], torch.float32):
+                assert inspect(variant, TARGETS[arch]).shared <= TARGETS[arch].shared
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def test_a_config_that_spills_is_reported() -> None:
     planted = variant_of("closed_backward", DENSE, *[Config(rows=64, one_chunk=64, warps=1, stages=1)] * len(Pass))
     assert inspect(planted, TARGETS["sm_90"]).complaints[0].startswith("spills ")
