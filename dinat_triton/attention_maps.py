@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dinat_triton.geometry import Geometry, geometry_of, split_window
-from dinat_triton.modules import _NeighborhoodAttention
+from dinat_triton.modules import NeighborhoodAttentionND
 from dinat_triton.padding import pad_to_span
 
 
@@ -18,7 +18,7 @@ class AttentionLayer:
     """An attention layer of a model and what entered it, `[batch, *shape, channels]`."""
 
     name: str
-    module: _NeighborhoodAttention
+    module: NeighborhoodAttentionND
     x: Tensor
 
     @property
@@ -63,7 +63,7 @@ def attention_layers(model: nn.Module, images: Tensor) -> list[AttentionLayer]:
             lambda module, args, name=name: layers.append(AttentionLayer(name, module, args[0]))
         )
         for name, module in model.named_modules()
-        if isinstance(module, _NeighborhoodAttention)
+        if isinstance(module, NeighborhoodAttentionND)
     ]
     try:
         model(images)

@@ -54,7 +54,7 @@ def attend_packed(
         return functional.call_na([qkv], window, rpb, scale, dropout_p, False, None, None, key_mask)[0]
 
 
-class _NeighborhoodAttention(nn.Module):
+class NeighborhoodAttentionND(nn.Module):
     """Multi-head neighborhood attention on `[batch, *shape, embed_dim]`.
 
     A map smaller than `kernel_size * dilation` is padded with zeros at its end before the projection, attended to as a
@@ -166,16 +166,16 @@ class _NeighborhoodAttention(nn.Module):
         return f"num_heads={self.num_heads}, {window}, border={borders_of(borders)}"
 
 
-class NeighborhoodAttention1D(_NeighborhoodAttention):
+class NeighborhoodAttention1D(NeighborhoodAttentionND):
     rank = 1
-    __doc__ = _NeighborhoodAttention.__doc__
+    __doc__ = NeighborhoodAttentionND.__doc__
 
 
-class NeighborhoodAttention2D(_NeighborhoodAttention):
+class NeighborhoodAttention2D(NeighborhoodAttentionND):
     rank = 2
-    __doc__ = _NeighborhoodAttention.__doc__
+    __doc__ = NeighborhoodAttentionND.__doc__
 
 
-class NeighborhoodAttention3D(_NeighborhoodAttention):
+class NeighborhoodAttention3D(NeighborhoodAttentionND):
     rank = 3
-    __doc__ = _NeighborhoodAttention.__doc__
+    __doc__ = NeighborhoodAttentionND.__doc__

@@ -77,6 +77,7 @@ def test_low_precision(gpu: GPU, sample: Sample, options: dict) -> None:
     [
         ("sm_80", SLIDING, 16, False),
         ("sm_90", CLOSED, 16, False),
+        ("sm_90", SLIDING, 128, False),  # the next loads on their way
         ("sm_80", SLIDING, 32, True),
         ("sm_100", CLOSED, 32, True),
     ],

@@ -10,11 +10,11 @@ import torch
 import triton
 
 from dinat_triton import cli
-from dinat_triton.kernels.configs import Config
+from dinat_triton.kernels.configs import LIKE, Architecture, Config, load_table
 from dinat_triton.layers import Layer, layers_of
 from dinat_triton.offline.assembly import unset
 from dinat_triton.offline.inspect import TOLERATED_SPILLS, KernelVariant, complaints, inspect, variants_of
-from dinat_triton.offline.targets import TARGETS
+from dinat_triton.offline.targets import TARGETS, target_of
 from dinat_triton.passes import Pass
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the kernels are interpreted")
@@ -85,6 +85,18 @@ def test_float32_that_may_round_fits_the_same_configs(arch: str) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "kib"), [("sm_87", 163), ("sm_103", 227), ("sm_110", 227), ("sm_121", 99)])
+def test_relatives_fit_the_table_that_they_share(arch: str, kib: int) -> None:
+    target = target_of(Architecture(arch, kib << 10, 20))
+    assert load_table(arch) == load_table(LIKE[arch]) != {}
+    for layer in (SLIDING, DENSE, replace(DENSE, dim=64)):
+        for variant in variants_of(layer, target, torch.bfloat16):
+            report = inspect(variant, target)
+            assert report.shared <= target.shared
+            assert report.spills <= TOLERATED_SPILLS
+
+
 def test_a_config_that_spills_is_reported() -> None:
     planted = variant_of("closed_backward", DENSE, *[Config(rows=64, one_chunk=64, warps=1, stages=1)] * len(Pass))
     assert inspect(planted, TARGETS["sm_90"]).complaints[0].startswith("spills ")
@@ -116,3 +128,8 @@ def test_a_register_that_only_the_next_round_of_a_loop_has_written_is_found() ->
     before = ["ULDC.64 UR4, c[0x0][0x208]", "S2UR UR36, SR_CTAID.X"]
     assert unset(before[:1] + loop) == ["UR36"]
     assert unset(before + loop) == []
+
+
+def test_registers_that_are_put_aside_or_hold_a_maximum_of_a_warp_are_no_mistake() -> None:
+    assert unset(["MOV.SPILL R8, UR73", "R2UR.FILL UR73, R8", "CREDUX.MAX.F32 UR32, R15", "MOV R13, UR32"]) == []
+    assert unset(["MOV R8, UR73", "MOV R13, UR32"]) == ["UR73", "UR32"]

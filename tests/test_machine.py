@@ -44,6 +44,10 @@ def run(body: str, programs: int = 1) -> list[int]:
 COUNT, STORE = list(range(64)), "st.global.b32 [%rd2], %r5;"
 SHARE = "ld.global.b32 %r4, [%rd2]; st.shared.b32 [%r2], %r4; bar.sync 0; ld.shared.b32 %r5, [%r3]; " + STORE
 PART = "mov.b32 %r5, 1; @%p1 bra $L_few; mov.b32 %r5, 2; $L_few: bar.sync 0; " + STORE
+RARE = (  # a block behind those that most threads take
+    "@%p1 bra $L_rare; mov.b32 %r5, 2; $L_join: bar.sync 0; "
+    f"{STORE} bra.uni $L_end; $L_rare: mov.b32 %r5, 1; bra.uni $L_join; $L_end:"
+)
 COPY = (
     "cp.async.ca.shared.global [%r2], [%rd2], 0x4, 4; cp.async.commit_group; cp.async.wait_group 0; "
     "ld.shared.b32 %r5, [%r2]; " + STORE
@@ -57,6 +61,7 @@ COPY = (
         (SHARE.replace("bar.sync 0;", ""), "warps meet in shared memory without a barrier: ld.shared.b32"),
         (PART, [1] * 16 + [2] * 48),
         (PART.replace("$L_few: bar.sync 0;", "bar.sync 0; $L_few:"), "threads that must be together have parted"),
+        (RARE, [1] * 16 + [2] * 48),
         (COPY, COUNT),
         (COPY.replace("wait_group 0", "wait_group 1"), [-1] * 64),
         (COPY.replace("[%rd2], 0x4, 4", "[%rd2+4096], 0x4, 0"), [0] * 64),  # nothing is read where nothing is copied

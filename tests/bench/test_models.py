@@ -7,6 +7,7 @@ from torch import nn
 from dinat_triton import cli
 from dinat_triton.bench import memory, models
 from dinat_triton.bench.models import INFERENCE, TRAINING
+from dinat_triton.bench.runtimes import RUNTIMES
 
 
 def test_runtimes_are_measured_beside_eager(capsys: pytest.CaptureFixture) -> None:
@@ -14,6 +15,13 @@ def test_runtimes_are_measured_beside_eager(capsys: pytest.CaptureFixture) -> No
     assert cli.main(["bench", "models", *words, "--runtimes", "pt2"]) == 0
     table = capsys.readouterr().out
     assert "test_vit pt2" in table
+
+
+def test_a_runtime_leaves_the_model_alone() -> None:
+    model, images = nn.Linear(4, 2), torch.randn(1, 4)
+    for name in ("bfloat16", "int8"):
+        RUNTIMES[name](model, images)()
+    assert [x.dtype for x in (*model.parameters(), images)] == [torch.float32] * 3
 
 
 def test_a_training_step_changes_the_weights() -> None:

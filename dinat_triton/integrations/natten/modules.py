@@ -9,7 +9,7 @@ from dinat_triton import modules
 from dinat_triton.integrations.natten.arguments import MODULE, check_window, named
 
 
-class Module(modules._NeighborhoodAttention):
+class Module(modules.NeighborhoodAttentionND):
     """NATTEN's constructor in front of ours. A map smaller than the window is padded, as NATTEN did until 0.15."""
 
     line: str | None = None
